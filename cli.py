@@ -1,0 +1,73 @@
+"""What every command line of the project shares: options from dataclasses, one-line errors, JSON on stdout.
+
+Options are written once, as frozen dataclasses whose fields carry their help text; argparse takes names, types and
+defaults from them. A user's mistake raises ValueError or OSError anywhere below and ends here as one line on standard
+error and exit code 2.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
+    """A dataclass field with its help text. A tuple default makes an option that may be given several times."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
+
+
+def add_options(parser: argparse.ArgumentParser, options: type, *, texts: dict[str, str] | None = None) -> None:
+    """Add one `--flag` for each field of a dataclass, or for those named in `texts`, which are then its help texts."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if texts is not None and field.name not in texts:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        text = texts[field.name] if texts else field.metadata["help"]
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = next(t for t in kind.__args__ if t is not types.NoneType)
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", default=field.default, help=text)
+        elif isinstance(field.default, tuple):
+            parser.add_argument(flag, action="append", default=[], help=text, metavar=field.metadata.get("metavar"))
+        else:
+            extra = {key: field.metadata[key] for key in ("choices", "metavar") if field.metadata.get(key)}
+            if field.default is not None:
+                text += f" (default: {field.default})"
+            parser.add_argument(flag, type=kind, default=field.default, help=text, **extra)
+
+
+def take_options(options: type[T], arguments: argparse.Namespace, *, skip: tuple[str, ...] = ()) -> T:
+    """The dataclass `options` filled from parsed arguments."""
+    names = [field.name for field in dataclasses.fields(options) if field.name not in skip]
+    values = {name: getattr(arguments, name) for name in names}
+    return options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run a command line; a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("tachyon").setLevel(logging.INFO)
+    try:
+        command(arguments)
+    except BrokenPipeError:  # the reader of our output left, as in `| head`
+        sys.stderr.close()
+        sys.exit(141)
+    except (ValueError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, ensure_ascii=False))

@@ -1,0 +1,531 @@
+"""Generate text: the decoder loop and its command line.
+
+    python generate.py --compile --checkpoint CKPT --prompt TEXT
+
+`Generator` turns requests into tokens: one prefill over the prompts, then decode steps on static tensors, so that a
+step is one CUDA graph (or a few compiled regions on the CPU) and nothing waits for the host between tokens. The host
+looks at tokens some steps late and drops what was decoded past an end. The rest of this file is the command line:
+prompts in, text, samples and figures out.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import chat
+import checkpoint
+import cli
+import hardware
+from cache import StaticCache
+from model import Transformer
+from sampling import SamplingBatch, SamplingParams, sample
+from tokenizer import Tokenizer
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """One prompt and what became of it. Setting `finish_reason` from outside ends it."""
+
+    prompt: Sequence[int]
+    params: SamplingParams = SamplingParams()
+    max_new_tokens: int = 256
+    stop_ids: frozenset[int] = frozenset()
+    token_ids: list[int] = field(default_factory=list)  # a stop id that ended the answer is not among them
+    finish_reason: str | None = None  # "stop" | "length"
+
+
+class Generator:
+    """Decodes requests with one model over one static cache.
+
+    Eager and compiled run the same code. Compiled, every layer is one region compiled once and reused by all, and on
+    CUDA a decode step is captured in a graph for each batch size, cache bucket and kind of sampling.
+    """
+
+    prefill_tokens = 8192  # in one forward, over all rows: bounds the activations' memory
+    lookahead = 4  # decode steps enqueued on CUDA before the oldest one's tokens are looked at
+
+    def __init__(self, model: Transformer, *, max_seq_len: int, batch_size: int = 1, compile: bool = False) -> None:
+        config, weight = model.config, model.norm.weight
+        self.model, self.device = model, weight.device
+        self.max_seq_len = min(max_seq_len, config.max_seq_len)
+        self.batch_size = batch_size
+        self.cache = StaticCache.allocate(
+            n_layers=config.n_layers,
+            batch=batch_size,
+            max_seq_len=-(-self.max_seq_len // 64) * 64,  # what attention kernels like their masks aligned to
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            dtype=weight.dtype,
+            device=self.device,
+        )
+        self.cached: list[int] = []  # tokens whose keys and values the first row holds
+        self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # the newest of each row
+        self.input_pos = torch.zeros_like(self.tokens)  # where they go
+        self.sample = sample
+        self.compiled = compile
+        if compile:
+            compile_model(model)
+            self.sample = torch.compile(sample, fullgraph=True)
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.samplings: dict[tuple, SamplingBatch] = {}
+
+    def step_bytes(self, length: int, rows: int = 1) -> int:
+        """Bytes a decode step has to read: each weight once, and the live cache."""
+        embed = 0 if self.model.config.tied_head else self.model.embed.weight.nbytes
+        return sum(p.nbytes for p in self.model.parameters()) - embed + self.cache.narrow(length, rows=rows).nbytes
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request]) -> Iterator[Request]:
+        """Decode up to `batch_size` requests together; yields a request whenever it got a token or finished.
+
+        A single request reuses the keys and values that the one before it left for a common prefix.
+        """
+        for request in requests:
+            check_prompt(request.prompt, self.max_seq_len)
+        B = len(requests)
+        if not 0 < B <= self.batch_size:
+            raise ValueError(f"got {B} requests for a batch size of {self.batch_size}")
+        start = self._reuse(requests)
+        sampling = self._sampling(requests)
+        longest = max(len(r.prompt) for r in requests)
+        last_step = max(min(r.max_new_tokens, self.max_seq_len - len(r.prompt)) for r in requests) - 1
+        self.prefill([r.prompt for r in requests], start, sampling)
+        yield from self._accept(requests, self.tokens[:B, 0].tolist())
+        pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        lookahead = self.lookahead if self.device.type == "cuda" else 0
+        step = 0
+        try:
+            while any(r.finish_reason is None for r in requests):
+                while step < last_step and len(pending) <= lookahead:
+                    self.decode(min(longest + step + 1, self.max_seq_len), sampling)
+                    pending.append(self._send(B))
+                    step += 1
+                tokens, sent = pending.popleft()
+                if sent is not None:
+                    sent.synchronize()
+                yield from self._accept(requests, tokens.tolist())
+        finally:
+            if B == 1:  # also when the caller stops early: what is known to be written stays usable
+                self.cached = [*requests[0].prompt, *requests[0].token_ids[:-1]]
+
+    def prefill(self, prompts: Sequence[Sequence[int]], start: int, sampling: SamplingBatch) -> None:
+        """Fill the cache with prompts from slot `start` on, and set the state to each row's first new token.
+
+        Rows are padded on the right: a row's causal attention never sees its padding, and decoding overwrites it.
+        """
+        B, T = len(prompts), max(map(len, prompts))
+        padded = torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts]).to(self.device)  # [B, T]
+        last = torch.tensor([len(p) - 1 for p in prompts]).to(self.device)  # [B]
+        rows = torch.arange(B, device=self.device)
+        chunk = max(1, self.prefill_tokens // B)
+        x = None
+        for begin in range(start, T, chunk):
+            end = min(begin + chunk, T)
+            input_pos = torch.arange(begin, end, device=self.device).expand(B, -1)  # [B, T]
+            view = self.cache.narrow(end, rows=B, tail=end - begin > 1)
+            hidden = self.model.hidden(padded[:, begin:end], input_pos, view)  # [B, T, C]
+            here = hidden[rows, (last - begin).clamp(0, end - begin - 1)]  # [B, C]
+            x = here if x is None else torch.where((last >= begin)[:, None], here, x)
+        token = self.sample(self.model.logits(x), sampling, last + 1)
+        sampling.count(token)
+        self.tokens[:B, 0] = token
+        self.input_pos[:B, 0] = last + 1
+
+    def decode(self, length: int, sampling: SamplingBatch) -> None:
+        """One step of the state: the newest token of each row goes through the model and gives way to the next.
+
+        `length` is the longest row's, newest token included. On CUDA the first step of a kind runs as it is, which
+        compiles whatever is missing; the second captures it.
+        """
+        B, bucket = len(sampling), self._bucket(length)
+        if self.device.type != "cuda" or not self.compiled:
+            return self._step(bucket, sampling)
+        key = (B, bucket, sampling.kind)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self._step(bucket, sampling)
+        if self.graphs[key] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.graph_pool):
+                self._step(bucket, sampling)
+            self.graphs[key] = graph
+        self.graphs[key].replay()
+
+    def warm_up(self, requests: Sequence[Request]) -> None:
+        """Compile and capture everything that these requests will use, on made-up tokens."""
+        B, sampling = len(requests), self._sampling(requests)
+        longest = max(len(r.prompt) for r in requests)
+        new = max(r.max_new_tokens for r in requests)
+        with torch.inference_mode():
+            for T in {2, min(longest, self.max_seq_len - 1)} - {1}:
+                self.prefill([[0] * min(T, 16)] * B, 0, sampling)
+            for bucket in sorted({self._bucket(n) for n in range(longest + 1, min(longest + new, self.max_seq_len) + 1)}):
+                for _ in range(2):
+                    self.decode(bucket, sampling)
+        self.cached = []
+        hardware.synchronize(self.device)
+
+    def _step(self, length: int, sampling: SamplingBatch) -> None:
+        B = len(sampling)
+        tokens, input_pos = self.tokens[:B], self.input_pos[:B]
+        x = self.model.hidden(tokens, input_pos, self.cache.narrow(length, rows=B))
+        input_pos.add_(1).clamp_(max=self.max_seq_len - 1)  # a finished row in a batch that goes on stays inside
+        token = self.sample(self.model.logits(x)[:, 0], sampling, input_pos[:, 0])
+        sampling.count(token)
+        tokens.copy_(token[:, None])
+
+    def _bucket(self, length: int) -> int:
+        """The cache length that attention reads: a few sizes per octave, so that few graphs serve all lengths."""
+        granule = max(256 if self.graph_pool else 64, 1 << max(0, (length - 1).bit_length() - 3))
+        return min(-(-length // granule) * granule, self.cache.max_seq_len)
+
+    def _reuse(self, requests: Sequence[Request]) -> int:
+        """How many slots already hold what the prompt wants; at least its last token is left to run."""
+        cached, self.cached = self.cached, []
+        if len(requests) > 1:
+            return 0
+        prompt = requests[0].prompt[:-1]
+        return next((i for i, (a, b) in enumerate(zip(prompt, cached)) if a != b), min(len(prompt), len(cached)))
+
+    def _sampling(self, requests: Sequence[Request]) -> SamplingBatch:
+        """The requests' sampling parameters, in the memory that graphs of their kind were captured with."""
+        new = SamplingBatch([r.params for r in requests], vocab_size=self.model.config.vocab_size, device=self.device)
+        for row, request in enumerate(requests):
+            new.see_prompt(row, request.prompt)
+        kept = self.samplings.setdefault((len(requests), new.kind), new)
+        kept.copy_(new)
+        return kept
+
+    def _send(self, rows: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Start copying the newest tokens to the host, to be read once the event has passed."""
+        if self.device.type != "cuda":
+            return self.tokens[:rows, 0].cpu(), None
+        host = torch.empty(rows, dtype=torch.int64, pin_memory=True).copy_(self.tokens[:rows, 0], non_blocking=True)
+        sent = torch.cuda.Event()
+        sent.record()
+        return host, sent
+
+    def _accept(self, requests: Sequence[Request], tokens: Sequence[int]) -> Iterator[Request]:
+        for request, token in zip(requests, tokens, strict=True):
+            if request.finish_reason is not None:
+                continue
+            if token in request.stop_ids:
+                request.finish_reason = "stop"
+            else:
+                request.token_ids.append(token)
+                room = self.max_seq_len - len(request.prompt)
+                if len(request.token_ids) >= min(request.max_new_tokens, room):
+                    request.finish_reason = "length"
+            yield request
+
+
+def check_prompt(prompt: Sequence[int], max_seq_len: int) -> None:
+    if not prompt:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(prompt) >= max_seq_len:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and the context holds {max_seq_len}, answer included; "
+            "shorten the prompt, or raise --max-seq-len where the model allows it"
+        )
+
+
+def compile_model(model: Transformer) -> None:
+    """Compile the model by regions: one layer's code serves all, so compiling takes seconds, whatever the depth."""
+    if "begin" in vars(model):
+        return  # it is already
+    for layer in model.layers:
+        layer.compile(fullgraph=True, dynamic=True)
+    model.begin = torch.compile(model.begin, fullgraph=True, dynamic=True)
+    model.logits = torch.compile(model.logits, fullgraph=True, dynamic=True)
+
+
+class Answer:
+    """The text of a request as it grows. A stop string ends the request and is not part of the text."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.request, self.stop = request, stop
+        self.text = ""
+        self._stream = tokenizer.stream()
+        self._tokens = 0  # how many of the request's tokens are in the text
+        self._shown = 0  # how many characters `update` has returned
+
+    def update(self) -> str:
+        """The text that became certain since the last call: no half characters, nothing that may begin a stop string."""
+        for token in self.request.token_ids[self._tokens :]:
+            self.text += self._stream.push(token)
+        self._tokens = len(self.request.token_ids)
+        if self.request.finish_reason is not None:
+            self.text += self._stream.finish()
+        ends = [at for s in self.stop if (at := self.text.find(s, self._shown)) >= 0]
+        if ends:
+            self.text = self.text[: min(ends)]
+            self.request.finish_reason = "stop"
+        held = 0
+        if self.request.finish_reason is None:
+            held = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        new = self.text[self._shown : len(self.text) - held]
+        self._shown += len(new)
+        return new
+
+
+class Meter:
+    """Clocks over groups of requests: time to the first token, and what the decode steps after it moved."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self.prompt_tokens = self.new_tokens = 0
+        self.ttft_s: list[float] = []
+        self.decode_s = self.decode_tokens = self.decode_bytes = 0.0
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Request]:
+        """`Generator.run`, measured."""
+        start, first = time.perf_counter(), None
+        try:
+            for request in self.generator.run(requests):
+                first = first or time.perf_counter()
+                yield request
+        finally:
+            end = time.perf_counter()
+            tokens = [len(r.token_ids) for r in requests]
+            self.prompt_tokens += sum(len(r.prompt) for r in requests)
+            self.new_tokens += sum(tokens)
+            if first is not None:
+                steps = max(max(tokens) - 1, 0)  # a group goes on until its longest answer ends
+                live = max(len(r.prompt) for r in requests) + steps // 2
+                self.ttft_s.append(first - start)
+                self.decode_s += end - first
+                self.decode_tokens += max(sum(tokens) - len(tokens), 0)
+                self.decode_bytes += steps * self.generator.step_bytes(live, len(requests))
+
+    def stats(self, *, load_s: float, compile_s: float) -> dict:
+        device = self.generator.device
+        bandwidth = hardware.read_bandwidth(device, checkpoint.cache_dir())
+        per_s = self.decode_bytes / self.decode_s if self.decode_s else 0.0
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "ttft_s": sorted(self.ttft_s)[len(self.ttft_s) // 2] if self.ttft_s else None,
+            "decode_tok_s": self.decode_tokens / self.decode_s if self.decode_s else 0.0,
+            "decode_gbs": per_s / 1e9,
+            "read_gbs": bandwidth / 1e9,
+            "bandwidth_fraction": per_s / bandwidth,
+            "compile_s": compile_s,
+            "load_s": load_s,
+            "peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9,
+            "device": hardware.device_name(device),
+            "dtype": str(self.generator.cache.layers[0].k.dtype).removeprefix("torch."),
+        }
+
+
+def describe(stats: dict) -> str:
+    """Stats in one line for people."""
+    ttft = f"{stats['ttft_s'] * 1e3:.0f} ms" if stats["ttft_s"] is not None else "none"
+    return (
+        f"{stats['prompt_tokens']} prompt tokens, first token after {ttft}; {stats['new_tokens']} new tokens at "
+        f"{stats['decode_tok_s']:.1f} tok/s, {stats['decode_gbs']:.1f} GB/s = {stats['bandwidth_fraction']:.0%} of the "
+        f"{stats['read_gbs']:.1f} GB/s that this device reads; load {stats['load_s']:.1f} s, compile "
+        f"{stats['compile_s']:.1f} s, peak memory {stats['peak_memory_gb']:.2f} GB; {stats['dtype']} on {stats['device']}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line decides, sampling apart."""
+
+    checkpoint: str = cli.option(
+        checkpoint.DEFAULT_CHECKPOINT,
+        "a directory in Hugging Face layout, a .gguf file, a Hub id org/name[@revision], the built-in smollm2-135m, "
+        "random:PRESET or random:path/to/config.json",
+    )
+    prompt: str | None = cli.option(None, "text to continue; without it or --prompt-file, standard input is the prompt")
+    prompt_file: Path | None = cli.option(None, "one prompt a line, or a JSON list of strings")
+    chat: bool = cli.option(False, "put each prompt into the model's chat template")
+    system: str | None = cli.option(None, "system message for --chat and --interactive")
+    interactive: bool = cli.option(False, "chat: /reset, /stats, /save FILE, Ctrl-C stops an answer, Ctrl-D leaves")
+    compile: bool = cli.option(False, "compile the model; on CUDA, decode in CUDA graphs")
+    max_new_tokens: int = cli.option(256, "length of an answer at most")
+    stop: tuple[str, ...] = cli.option((), "end an answer before this text; may be given several times", metavar="TEXT")
+    ignore_eos: bool = cli.option(False, "go on past the end-of-text token, for measuring")
+    num_samples: int = cli.option(1, "answers for each prompt, with seeds counting up")
+    batch_size: int = cli.option(1, "how many answers are decoded together")
+    seed: int | None = cli.option(None, "makes sampling repeatable (default: a new one each time)")
+    dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
+    device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
+    max_seq_len: int | None = cli.option(None, "context, answer included (default: what the prompts need)")
+    echo: bool = cli.option(False, "print the prompt before the answer")
+    json: bool = cli.option(False, "print one JSON document: samples and stats")
+    profile: Path | None = cli.option(None, "write a Chrome trace of the generation to this file")
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "batch_size", "max_seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        if self.interactive and (self.prompt is not None or self.prompt_file or self.json):
+            raise ValueError("--interactive reads its prompts from you; leave out --prompt, --prompt-file and --json")
+        if self.prompt is not None and self.prompt_file:
+            raise ValueError("give --prompt or --prompt-file, not both")
+        if "" in self.stop:
+            raise ValueError("--stop must not be empty")
+
+
+SAMPLING_HELP = {
+    "repetition_penalty": "above 1 makes tokens of the prompt and the answer less likely",
+    "presence_penalty": "subtracted from the logit of a token that the answer has",
+    "frequency_penalty": "subtracted each time that the answer has it",
+    "temperature": "0 takes the most likely token; 1 samples the model's own distribution",
+    "top_k": "sample among the k most likely tokens; 0 is off",
+    "top_p": "sample among the fewest tokens whose probabilities reach p; 1 is off",
+    "min_p": "sample among tokens at least min_p times as likely as the likeliest; 0 is off",
+}
+
+
+def read_prompts(options: Options) -> list[str]:
+    if options.prompt is not None:
+        return [options.prompt]
+    if options.prompt_file is None:
+        text = sys.stdin.read() if not sys.stdin.isatty() else ""
+        if not text.strip():
+            raise ValueError("no prompt: give --prompt TEXT, --prompt-file FILE, --interactive, or text on standard input")
+        return [text.removesuffix("\n")]
+    try:
+        text = options.prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{options.prompt_file} is not UTF-8 text") from None
+    if text.lstrip().startswith("["):
+        try:
+            prompts = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{options.prompt_file} starts like a JSON list but is not one: {error}") from None
+        if not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"{options.prompt_file} must be a JSON list of strings")
+    else:
+        prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{options.prompt_file} has no prompt: write one a line, or a JSON list of strings")
+    return prompts
+
+
+def show_progress(done: int, total: int) -> None:
+    """Loading, as a line on a terminal."""
+    if sys.stderr.isatty():
+        end = "\r" if done < total else "\r\033[K"
+        print(f"loading {done / total:4.0%}", end=end, file=sys.stderr, flush=True)
+
+
+def complete(meter: Meter, requests: list[Request], prompts: list[str], tokenizer: Tokenizer, options: Options) -> list[dict]:
+    """Decode every request in groups of the batch size, printing text as it comes, and return the samples."""
+    samples = []
+    for begin in range(0, len(requests), options.batch_size):
+        group = requests[begin : begin + options.batch_size]
+        answers = {request: Answer(request, tokenizer, options.stop) for request in group}
+        stream = len(group) == 1 and not options.json
+        if stream:
+            _print_head(begin, prompts, options)
+        for request in meter.run(group):
+            text = answers[request].update()
+            if stream:
+                print(text, end="", flush=True)
+        for index, (request, answer) in enumerate(answers.items(), begin):
+            if not stream and not options.json:
+                _print_head(index, prompts, options)
+                print(answer.text, end="")
+            if not options.json:
+                print()
+            samples.append(
+                {
+                    "prompt_tokens": len(request.prompt),
+                    "token_ids": request.token_ids,
+                    "text": (prompts[index] if options.echo else "") + answer.text,
+                    "finish_reason": request.finish_reason,
+                }
+            )
+    return samples
+
+
+def _print_head(index: int, prompts: list[str], options: Options) -> None:
+    if len(prompts) > 1:
+        print(f"--- {index + 1} of {len(prompts)}")
+    if options.echo:
+        print(prompts[index], end="", flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Generate text with a decoder-only language model.")
+    cli.add_options(parser, Options)
+    cli.add_options(parser, SamplingParams, texts=SAMPLING_HELP)
+    parsed = parser.parse_args(arguments)
+    options = cli.take_options(Options, parsed)
+    seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
+    params = dataclasses.replace(cli.take_options(SamplingParams, parsed, skip=("seed",)), seed=seed)
+    device, dtype = hardware.pick_device(options.device), hardware.DTYPES[options.dtype]
+    if options.compile:  # beside the models, where a reboot does not empty it
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
+
+    start = time.perf_counter()
+    source = checkpoint.open_checkpoint(options.checkpoint)
+    tokenizer, limit = source.tokenizer, source.config.max_seq_len
+    if options.max_seq_len is not None and options.max_seq_len > limit:
+        raise ValueError(f"--max-seq-len {options.max_seq_len} is more than the {limit} that {source.name} was made for")
+    limit = options.max_seq_len or limit
+    stop_ids = frozenset() if options.ignore_eos else frozenset(source.eos_ids)
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    requests, prompts = [], []
+    if not options.interactive:
+        for text in read_prompts(options):
+            chatting = options.chat or bool(system)
+            prompt = tokenizer.chat([*system, {"role": "user", "content": text}]) if chatting else tokenizer.encode(text)
+            check_prompt(prompt, limit)
+            for sample_index in range(options.num_samples):
+                own = dataclasses.replace(params, seed=seed + sample_index)
+                new = min(options.max_new_tokens, limit - len(prompt))
+                requests.append(Request(prompt=prompt, params=own, max_new_tokens=new, stop_ids=stop_ids))
+                prompts.append(text)
+        limit = options.max_seq_len or max(len(r.prompt) + r.max_new_tokens for r in requests)
+    model = checkpoint.load_model(source, device=device, dtype=dtype, progress=show_progress)
+    load_s = time.perf_counter() - start
+
+    batch_size = min(options.batch_size, len(requests)) if requests else 1
+    generator = Generator(model, max_seq_len=limit, batch_size=batch_size, compile=options.compile)
+    start = time.perf_counter()
+    if options.compile:
+        generator.warm_up(requests[:batch_size] or [Request(prompt=[0, 0], params=params, max_new_tokens=256)])
+    compile_s = time.perf_counter() - start
+    meter = Meter(generator)
+    if options.interactive:
+
+        def answer(prompt: list[int]) -> Iterator[str]:
+            new = min(options.max_new_tokens, max(limit - len(prompt), 1))
+            request = Request(prompt=prompt, params=params, max_new_tokens=new, stop_ids=stop_ids)
+            text = Answer(request, tokenizer, options.stop)
+            for _ in meter.run([request]):
+                yield text.update()
+
+        chat.repl(tokenizer.chat, answer, system, lambda: describe(meter.stats(load_s=load_s, compile_s=compile_s)))
+        return
+    with torch.profiler.profile() if options.profile else contextlib.nullcontext() as profiler:
+        samples = complete(meter, requests, prompts, tokenizer, options)
+    if profiler is not None:
+        profiler.export_chrome_trace(str(options.profile))
+    stats = meter.stats(load_s=load_s, compile_s=compile_s)
+    if options.json:
+        cli.print_json({"samples": samples, "stats": stats})
+    else:
+        print(describe(stats), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,280 @@
+"""Reads a GGUF file: metadata, model config, and weights under Hugging Face's names.
+
+GGUF is llama.cpp's single-file format: a header of typed key/values, a table of tensors, then their bytes. The header
+is parsed here because the `gguf` library's reader keeps several numpy objects per string, which takes seconds for a
+vocabulary; the library still gives the type table and the dequantization. Every offset is checked against the file's
+length before anything is read, so a file cut short is named instead of crashing. This file knows the format and its
+conventions (permuted q/k rows, rope factors stored as a tensor) and nothing of the modules the weights end up in.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from torch import Tensor
+
+from model import ModelConfig, RopeScaling, rope_frequencies
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+_PERMUTED = ("llama", "smollm3")  # llama.cpp's converter reorders q/k rows for interleaved rotary embedding
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # type id: struct
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]  # rows first, as torch has it; the file stores the reverse
+    kind: GGMLQuantizationType
+    offset: int  # from the start of the file
+    nbytes: int
+
+
+class _Cursor:
+    """Reads little-endian values from a buffer, one after the other; running off its end is a struct.error."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.pos = data, 0
+
+    def scalar(self, code: str) -> int | float | bool:
+        (value,) = struct.unpack_from("<" + code, self.data, self.pos)
+        self.pos += struct.calcsize(code)
+        return value
+
+    def take(self, size: int) -> bytes:
+        if self.pos + size > len(self.data):
+            raise struct.error("past the end")
+        self.pos += size
+        return self.data[self.pos - size : self.pos]
+
+    def string(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> object:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.scalar(_SCALARS[kind])
+        item, count = self.scalar("I"), self.scalar("Q")
+        if item in _SCALARS:
+            return np.frombuffer(self.take(count * struct.calcsize(_SCALARS[item])), "<" + _SCALARS[item]).tolist()
+        return [self.value(item) for _ in range(count)]
+
+
+class GGUFFile:
+    """An open GGUF file: `metadata` and `infos` are read at once, tensors one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path} is not a GGUF file: it does not start with 'GGUF'; download it again")
+            # Copy-on-write, so that torch may view the pages; nothing here writes to them.
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.metadata: dict[str, object] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        try:
+            self._read_header(_Cursor(self._data))
+        except struct.error:
+            raise ValueError(f"{path} is cut short: its header ends early; download it again") from None
+        except KeyError as error:
+            raise ValueError(
+                f"{path} is damaged: unknown value type {error} in its header; download it again"
+            ) from None
+
+    def _read_header(self, cursor: _Cursor) -> None:
+        cursor.take(4)  # the magic
+        version = cursor.scalar("I")
+        if version not in (2, 3):
+            raise ValueError(
+                f"{self.path} has GGUF version {version}; little-endian versions 2 and 3 are read: convert it again"
+            )
+        n_tensors, n_values = cursor.scalar("Q"), cursor.scalar("Q")
+        for _ in range(n_values):
+            key = cursor.string()
+            self.metadata[key] = cursor.value(cursor.scalar("I"))
+        entries = []
+        for _ in range(n_tensors):
+            name = cursor.string()
+            shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
+            entries.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+        alignment = int(self.metadata.get("general.alignment", 32)) or 32
+        start = -(-cursor.pos // alignment) * alignment
+        for name, shape, kind, offset in entries:
+            self.infos[name] = self._info(name, shape, kind, start + offset)
+
+    def _info(self, name: str, shape: tuple[int, ...], kind_id: int, offset: int) -> TensorInfo:
+        supported = (*_FLOATS, *_QUANTIZED)
+        if kind_id not in set(GGMLQuantizationType):
+            raise ValueError(f"{self.path}: {name} has the unknown type {kind_id}; supported: {', '.join(supported)}")
+        kind = GGMLQuantizationType(kind_id)
+        if kind.name not in supported:
+            raise ValueError(f"{self.path}: {name} is stored as {kind.name}; supported: {', '.join(supported)}")
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        n = 1
+        for size in shape:
+            n *= size
+        if not shape or shape[-1] % block:
+            raise ValueError(f"{self.path}: {name} {list(shape)} does not divide into {kind.name} blocks of {block}")
+        nbytes = n // block * block_bytes
+        if offset + nbytes > len(self._data):
+            raise ValueError(
+                f"{self.path} is cut short: {name} ends at byte {offset + nbytes:,} of {len(self._data):,}; "
+                "download it again"
+            )
+        return TensorInfo(shape, kind, offset, nbytes)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, dequantized to fp32 if it is quantized and in its own type if not."""
+        info = self.infos[name]
+        raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+        if info.kind.name in _FLOATS:
+            return torch.from_numpy(raw).view(_FLOATS[info.kind.name]).view(info.shape)
+        # The library's `dequantize` goes 16 rows at a time; thousands of blocks at once are several times faster.
+        quant = getattr(quants, info.kind.name)
+        blocks = raw.reshape(-1, quant.type_size)
+        out = np.empty((len(blocks), quant.block_size), np.float32)
+        for i in range(0, len(blocks), 4096):
+            out[i : i + 4096] = quant.dequantize_blocks(blocks[i : i + 4096])
+        return torch.from_numpy(out).view(info.shape)
+
+
+def model_config(file: GGUFFile) -> ModelConfig:
+    arch = file.metadata.get("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise ValueError(f"{file.path} has architecture {arch!r}; supported in GGUF: {', '.join(_ARCHITECTURES)}")
+
+    def get(key: str, default: object = None) -> object:
+        value = file.metadata.get(f"{arch}.{key}", default)
+        if value is None:
+            raise ValueError(f"{file.path} has no {arch}.{key} in its metadata; convert the model again")
+        return value
+
+    def same_in_all_layers(key: str, default: object = None) -> int:
+        value = get(key, default)  # a number, or an array with one per layer
+        values = set(value) if isinstance(value, list) else {value}
+        if len(values) != 1:
+            raise ValueError(f"{file.path}: {arch}.{key} differs between layers, {value}; that is not supported")
+        return int(values.pop())
+
+    if file.metadata.get("split.count", 1) > 1:
+        raise ValueError(f"{file.path} is one part of a split GGUF; merge the parts with llama-gguf-split --merge")
+    if get("expert_count", 0):
+        raise ValueError(f"{file.path} is a mixture of {get('expert_count')} experts; only dense models are supported")
+    for name in ("token_embd.weight", "output_norm.weight"):
+        if name not in file.infos:
+            raise ValueError(f"{file.path} has no tensor {name}: it is not a whole language model")
+
+    dim, n_layers = int(get("embedding_length")), int(get("block_count"))
+    n_heads = same_in_all_layers("attention.head_count")
+    head_dim = int(get("attention.key_length", dim // n_heads))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, head_dim) != head_dim:
+            raise ValueError(f"{file.path}: {arch}.{key} {get(key)} must equal the head dim {head_dim}")
+    window = int(get("attention.sliding_window", 0)) or None
+    # A Mistral model is a "llama" in GGUF; the window is the only thing that tells them apart.
+    architecture = "MistralForCausalLM" if arch == "llama" and window else _ARCHITECTURES[arch]
+    config = ModelConfig(
+        architecture=architecture,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=same_in_all_layers("attention.head_count_kv", n_heads),
+        head_dim=head_dim,
+        ffn_dim=same_in_all_layers("feed_forward_length"),
+        vocab_size=file.infos["token_embd.weight"].shape[0],
+        max_seq_len=int(get("context_length")),
+        norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+        rope_theta=float(get("rope.freq_base", 10000.0)),
+        no_rope_layers=tuple(range(3, n_layers, 4)) if arch == "smollm3" else (),
+        sliding_window=window,
+        sliding_layers=tuple(range(n_layers)) if window else (),
+        qkv_bias="blk.0.attn_q.bias" in file.infos,
+        o_bias="blk.0.attn_output.bias" in file.infos,
+        ffn_bias="blk.0.ffn_gate.bias" in file.infos,
+        qk_norm="blk.0.attn_q_norm.weight" in file.infos,
+        tied_head="output.weight" not in file.infos,
+    )
+    kind = get("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{file.path} has rope scaling {kind!r}; supported: none, linear, llama3")
+    if kind == "linear":
+        scaling = RopeScaling(kind="linear", factor=float(get("rope.scaling.factor")))
+        config = replace(config, rope_scaling=scaling)
+    return _with_llama3_scaling(file, config)
+
+
+def _with_llama3_scaling(file: GGUFFile, config: ModelConfig) -> ModelConfig:
+    """Llama 3.1's rope scaling is stored as what divides each frequency: find the rule that gives these numbers."""
+    if "rope_freqs.weight" not in file.infos:
+        return config
+    factors = file.read("rope_freqs.weight").float()  # [D/2]
+    scaling = RopeScaling(kind="llama3", factor=float(factors.max()))
+    scaled = replace(config, rope_scaling=scaling)
+    expected = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(scaled)
+    if config.rope_scaling or factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
+        raise ValueError(f"{file.path}: rope_freqs.weight is not Llama 3's scaling from 8192 tokens; not supported")
+    return scaled
+
+
+def tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under Hugging Face's name, one at a time; a name with no counterpart keeps its own."""
+    permuted = file.metadata["general.architecture"] in _PERMUTED
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    for name in file.infos:
+        if name == "rope_freqs.weight":  # part of the config
+            continue
+        *layer, part, suffix = name.split(".")  # "blk", "0", "attn_q", "weight"
+        tensor = file.read(name)
+        if permuted and part in heads:
+            tensor = _unpermute(tensor, heads[part])
+        prefix = f"model.layers.{layer[1]}." if len(layer) == 2 else ""
+        yield (f"{prefix}{_NAMES[part]}.{suffix}" if part in _NAMES else name), tensor
+
+
+def _unpermute(tensor: Tensor, n_heads: int) -> Tensor:
+    """Undo the converter's split of each head's rows: pairs (2i, 2i + 1) become (i, i + D/2)."""
+    rows = tensor.unflatten(0, (n_heads, -1, 2))  # [heads, D/2, 2, ...]
+    return rows.transpose(1, 2).reshape(tensor.shape)

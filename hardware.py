@@ -1,0 +1,102 @@
+"""The device: choosing it, its read bandwidth, its memory, its clock.
+
+A decoder at batch 1 is limited by reading its weights, so every speed is shown beside the read bandwidth that this
+very device reaches, measured once by a short probe and kept in the cache directory.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1", "mps"), or the best one there is."""
+    mps = torch.backends.mps.is_available()
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: this torch {torch.__version__} sees {count} CUDA devices; use --device cpu")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not mps:
+        raise ValueError("--device mps: this torch has no MPS; use --device cpu")
+    if device.type not in ("cpu", "mps"):
+        raise ValueError(f"unknown device {name!r}; use cpu, cuda, cuda:N or mps")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        name = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: allocated on a CUDA device, resident on others."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def process_age() -> float:
+    """Seconds since this process started, imports included."""
+    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+        started = int(stat.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return float(uptime.read().split()[0]) - started
+
+
+def read_bandwidth(device: torch.device, cache_dir: Path) -> float:
+    """Bytes per second that `device` reads from its memory, probed once and kept in `cache_dir`/bandwidth.json."""
+    path = cache_dir / "bandwidth.json"
+    key = f"{device_name(device)}, torch {torch.__version__}"
+    try:
+        known = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        known = {}
+    if key not in known:
+        known[key] = measure_read_bandwidth(device)
+        with tempfile.NamedTemporaryFile("w", dir=cache_dir, delete=False) as file:
+            json.dump(known, file, indent=1)
+        os.replace(file.name, path)
+    return known[key]
+
+
+def measure_read_bandwidth(device: torch.device) -> float:
+    """Median over several rounds of summing more memory than any cache holds."""
+    size, passes = (2**28, 1) if device.type == "cpu" else (2**30, 8)  # bytes; several queued passes hide the launch
+    words = torch.ones(size // 4, device=device)
+    times = []
+    for _ in range(9):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(passes):
+            words.sum()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return passes * size / statistics.median(times[2:])

@@ -1,0 +1,112 @@
+"""Latency of one model: time to the first token and time per token, as medians over repeats.
+
+    python -m scripts.bench --checkpoint random:llama-3.1-8b --prompt-len 32 --new-tokens 256 --compile --json
+
+Prompts are random tokens and nothing ends an answer early, so a run is the decoder alone: no tokenizer, no text.
+"""
+
+import argparse
+import dataclasses
+import os
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import checkpoint
+import cli
+import hardware
+from generate import SAMPLING_HELP, Generator, Meter, Request
+from sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py")
+    prompt_len: int = cli.option(32, "tokens in each prompt")
+    new_tokens: int = cli.option(256, "tokens in each answer")
+    batch: int = cli.option(1, "rows decoded together")
+    repeats: int = cli.option(5, "runs that the medians are over")
+    compile: bool = cli.option(False, "as for generate.py")
+    dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
+    device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
+    json: bool = cli.option(False, "print one JSON document")
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_len", "new_tokens", "batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
+
+
+def measure(options: Options, params: SamplingParams) -> dict:
+    device = hardware.pick_device(options.device)
+    start = time.perf_counter()
+    source = checkpoint.open_checkpoint(options.checkpoint)
+    model = checkpoint.load_model(source, device=device, dtype=hardware.DTYPES[options.dtype])
+    hardware.synchronize(device)
+    load_s = time.perf_counter() - start
+    length = options.prompt_len + options.new_tokens
+    if length > source.config.max_seq_len:
+        raise ValueError(f"--prompt-len and --new-tokens make {length} tokens; the model holds {source.config.max_seq_len}")
+    generator = Generator(model, max_seq_len=length, batch_size=options.batch, compile=options.compile)
+
+    def requests() -> list[Request]:
+        prompts = [random.choices(range(source.config.vocab_size), k=options.prompt_len) for _ in range(options.batch)]
+        own = [dataclasses.replace(params, seed=row) for row in range(options.batch)]
+        return [Request(prompt=p, params=q, max_new_tokens=options.new_tokens) for p, q in zip(prompts, own, strict=True)]
+
+    start = time.perf_counter()
+    if options.compile:
+        generator.warm_up(requests())
+    compile_s = time.perf_counter() - start
+    runs, first_token_s = [], None
+    for _ in range(options.repeats + 1):  # the first one warms caches and clocks up
+        meter = Meter(generator)
+        for _ in meter.run(requests()):
+            first_token_s = first_token_s or hardware.process_age()
+        generator.cached = []  # every run prefills its whole prompt
+        runs.append(meter.stats(load_s=load_s, compile_s=compile_s))
+    median = {
+        name: statistics.median(run[name] for run in runs[1:])
+        for name in ("ttft_s", "decode_tok_s", "decode_gbs", "bandwidth_fraction")
+    }
+    return {
+        "checkpoint": options.checkpoint,
+        **{name: getattr(options, name) for name in ("prompt_len", "new_tokens", "batch", "repeats", "compile")},
+        **runs[-1],
+        **median,
+        "ms_per_token": 1e3 * options.batch / median["decode_tok_s"] if median["decode_tok_s"] else None,
+        "prefill_tok_s": options.batch * options.prompt_len / median["ttft_s"],
+        "first_token_after_start_s": first_token_s,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__.split("\n\n")[0])
+    cli.add_options(parser, Options)
+    cli.add_options(parser, SamplingParams, texts=SAMPLING_HELP)
+    parsed = parser.parse_args(arguments)
+    options = cli.take_options(Options, parsed)
+    params = cli.take_options(SamplingParams, parsed, skip=("seed",))
+    if options.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
+    result = measure(options, params)
+    if options.json:
+        cli.print_json(result)
+        return
+    print(f"{result['checkpoint']}, {result['dtype']} on {result['device']}, batch {result['batch']}")
+    print(f"first token    {result['ttft_s'] * 1e3:9.1f} ms for {result['prompt_len']} tokens")
+    if result["ms_per_token"]:
+        print(f"each token     {result['ms_per_token']:9.3f} ms = {result['decode_tok_s']:.1f} tok/s over all rows")
+        print(
+            f"memory read    {result['decode_gbs']:9.1f} GB/s = {result['bandwidth_fraction']:.1%} of the "
+            f"{result['read_gbs']:.1f} GB/s that this device reads"
+        )
+    print(f"from the start {result['first_token_after_start_s']:9.1f} s to the first token (load {result['load_s']:.1f}, "
+          f"compile {result['compile_s']:.1f})")
+    print(f"peak memory    {result['peak_memory_gb']:9.2f} GB")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,77 @@
+"""The compiled decoder on CUDA: graphs, recompiles, rows of a batch."""
+
+import pytest
+import torch
+
+from generate import Generator, Request
+from sampling import SamplingParams
+from tests.conftest import TINY, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(TINY.vocab_size, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def answers(generator: Generator, prompts: list[list[int]], new: int, **params) -> list[list[int]]:
+    requests = [Request(prompt=p, params=SamplingParams(**params), max_new_tokens=new) for p in prompts]
+    for _ in generator.run(requests):
+        pass
+    return [r.token_ids for r in requests]
+
+
+@pytest.fixture(scope="module")
+def eager() -> Generator:
+    return Generator(tiny_model(device="cuda"), max_seq_len=512, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Generator:
+    return Generator(tiny_model(device="cuda"), max_seq_len=512, batch_size=8, compile=True)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 250])
+def test_compiled_gives_the_eager_tokens(eager: Generator, compiled: Generator, length: int) -> None:
+    assert answers(compiled, [prompt(length)], 40) == answers(eager, [prompt(length)], 40)
+
+
+def test_sampling_compiled_gives_the_eager_tokens(eager: Generator, compiled: Generator) -> None:
+    params = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 3, "presence_penalty": 0.5}
+    assert answers(compiled, [prompt(9)], 40, **params) == answers(eager, [prompt(9)], 40, **params)
+
+
+def test_rows_of_a_batch_get_what_they_get_alone(compiled: Generator) -> None:
+    prompts = [prompt(length, seed=length) for length in (3, 90, 17, 2, 61, 8, 33, 5)]
+    alone = [answers(compiled, [p], 32)[0] for p in prompts]
+    assert answers(compiled, prompts, 32) == alone
+
+
+def test_bf16_decode_replays_one_graph_and_no_prompt_length_recompiles() -> None:
+    generator = Generator(
+        tiny_model(device="cuda", dtype=torch.bfloat16), max_seq_len=256, batch_size=1, compile=True
+    )
+    answers(generator, [prompt(5)], 8)
+    answers(generator, [prompt(6)], 8)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for length in range(10, 210, 10):
+        answers(generator, [prompt(length)], 8)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert [graph is not None for graph in generator.graphs.values()] == [True]
+
+
+def test_a_graph_serves_new_sampling_values_of_its_kind(eager: Generator, compiled: Generator) -> None:
+    for seed in (1, 2):
+        params = {"temperature": 0.5 + seed, "seed": seed}
+        assert answers(compiled, [prompt(4)], 16, **params) == answers(eager, [prompt(4)], 16, **params)
+
+
+def test_a_stopped_answer_drops_what_was_decoded_past_it(compiled: Generator) -> None:
+    whole = answers(compiled, [prompt(12)], 40)[0]
+    request = Request(prompt=prompt(12), max_new_tokens=40, stop_ids=frozenset({whole[10]}))
+    for _ in compiled.run([request]):
+        pass
+    assert request.token_ids == whole[: whole.index(whole[10])]
+    assert request.finish_reason == "stop"
+    again = answers(compiled, [prompt(12)], 40)[0]  # over the cache that the surplus steps wrote to
+    assert again == whole
