@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 
 class LayerCache(Protocol):
@@ -54,9 +53,12 @@ class StaticLayer:
             # A decoding token's G heads per key head become G rows of one head: keys are read once, unrepeated.
             y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
             return y.reshape(B, 1, H, D)
-        bias = causal_lower_right(T, S) if mask is None and T != S else mask
         q = q.transpose(1, 2)  # [B, H, T, D]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=True)
+        if mask is None and T != S:
+            # By its own name, because SDPA's `is_causal` aligns the first query with the first key; this, the last.
+            y = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)  # [B, T, H, D]
 
 
@@ -101,11 +103,13 @@ class StaticCache:
         return StaticCache([StaticLayer(x.k[:rows, :length], x.v[:rows, :length]) for x in self.layers], tail=tail)
 
     def masks(self, input_pos: Tensor, window: int | None) -> tuple[Tensor | None, Tensor | None]:
-        S = self.max_seq_len
-        if self.tail and (window is None or window >= S):
+        T, S, k = input_pos.shape[1], self.max_seq_len, self.layers[0].k
+        flash = k.device.type == "cuda" and k.dtype in (torch.bfloat16, torch.float16)
+        causal = self.tail and (T == S or flash)  # no mask needed
+        if causal and (window is None or window >= S):
             return None, None
         slot = torch.arange(S, device=input_pos.device)
         pos = input_pos[:, None, :, None]  # [B, 1, T, 1]
         mask = slot <= pos  # [B, 1, T, S]
         window_mask = mask if window is None else mask & (slot > pos - window)
-        return (None if self.tail else mask), window_mask
+        return (None if causal else mask), window_mask

@@ -238,15 +238,21 @@ def save_model(
     max_shard_bytes: int = 4 << 30,
 ) -> None:
     """Write `model` as a Hugging Face directory that `transformers` loads; `directory` appears whole or not at all."""
-    directory = Path(directory)
+    directory = directory.expanduser().resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} already exists; choose another name or remove it")
     slots, weights = key_map(model), dict(model.named_parameters())
     config = hf_config(model.config) | {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
-    eos = list(eos_ids) if len(eos_ids) != 1 else eos_ids[0]
-    special = {"bos_token_id": tokenizer and tokenizer.bos_id, "eos_token_id": None if eos == [] else eos}
+    eos = list(eos_ids or (tokenizer.eos_ids if tokenizer else ()))
+    # An id that is left out would be the architecture's own default, which may lie outside the vocabulary.
+    special = {
+        "bos_token_id": tokenizer and tokenizer.bos_id,
+        "eos_token_id": eos if len(eos) > 1 else (*eos, None)[0],
+        "pad_token_id": None,
+    }
     directory.parent.mkdir(parents=True, exist_ok=True)
     part = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process that had our number
     part.mkdir()
     try:
         _write_json(part / "config.json", config | special)

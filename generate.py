@@ -11,6 +11,7 @@ prompts in, text, samples and figures out.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -39,7 +40,7 @@ class Request:
     """One prompt and what became of it. Setting `finish_reason` from outside ends it."""
 
     prompt: Sequence[int]
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 256
     stop_ids: frozenset[int] = frozenset()
     token_ids: list[int] = field(default_factory=list)  # a stop id that ended the answer is not among them
@@ -87,7 +88,7 @@ class Generator:
         embed = 0 if self.model.config.tied_head else self.model.embed.weight.nbytes
         return sum(p.nbytes for p in self.model.parameters()) - embed + self.cache.narrow(length, rows=rows).nbytes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, requests: Sequence[Request]) -> Iterator[Request]:
         """Decode up to `batch_size` requests together; yields a request whenever it got a token or finished.
 
@@ -168,11 +169,10 @@ class Generator:
         """Compile and capture everything that these requests will use, on made-up tokens."""
         B, sampling = len(requests), self._sampling(requests)
         longest = max(len(r.prompt) for r in requests)
-        new = max(r.max_new_tokens for r in requests)
-        with torch.inference_mode():
-            for T in {2, min(longest, self.max_seq_len - 1)} - {1}:
-                self.prefill([[0] * min(T, 16)] * B, 0, sampling)
-            for bucket in sorted({self._bucket(n) for n in range(longest + 1, min(longest + new, self.max_seq_len) + 1)}):
+        end = min(longest + max(r.max_new_tokens for r in requests), self.max_seq_len)
+        with torch.no_grad():
+            self.prefill([[0] * min(longest, 16)] * B, 0, sampling)
+            for bucket in sorted({self._bucket(length) for length in range(longest + 1, end + 1)}):
                 for _ in range(2):
                     self.decode(bucket, sampling)
         self.cached = []
@@ -198,7 +198,8 @@ class Generator:
         if len(requests) > 1:
             return 0
         prompt = requests[0].prompt[:-1]
-        return next((i for i, (a, b) in enumerate(zip(prompt, cached)) if a != b), min(len(prompt), len(cached)))
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, cached, strict=False))
+        return sum(1 for _ in shared)
 
     def _sampling(self, requests: Sequence[Request]) -> SamplingBatch:
         """The requests' sampling parameters, in the memory that graphs of their kind were captured with."""
@@ -246,6 +247,8 @@ def compile_model(model: Transformer) -> None:
     """Compile the model by regions: one layer's code serves all, so compiling takes seconds, whatever the depth."""
     if "begin" in vars(model):
         return  # it is already
+    # All layers run the same code: each of its uses (a prompt, a token, one row, several) in each kind of layer counts.
+    torch._dynamo.config.recompile_limit = 64
     for layer in model.layers:
         layer.compile(fullgraph=True, dynamic=True)
     model.begin = torch.compile(model.begin, fullgraph=True, dynamic=True)
@@ -263,7 +266,7 @@ class Answer:
         self._shown = 0  # how many characters `update` has returned
 
     def update(self) -> str:
-        """The text that became certain since the last call: no half characters, nothing that may begin a stop string."""
+        """The text that became certain since the last call: no half character, nothing that may begin a stop string."""
         for token in self.request.token_ids[self._tokens :]:
             self.text += self._stream.push(token)
         self._tokens = len(self.request.token_ids)
@@ -399,7 +402,7 @@ def read_prompts(options: Options) -> list[str]:
     if options.prompt_file is None:
         text = sys.stdin.read() if not sys.stdin.isatty() else ""
         if not text.strip():
-            raise ValueError("no prompt: give --prompt TEXT, --prompt-file FILE, --interactive, or text on standard input")
+            raise ValueError("no prompt: give --prompt TEXT, --prompt-file FILE, --interactive, or standard input")
         return [text.removesuffix("\n")]
     try:
         text = options.prompt_file.read_text(encoding="utf-8")
@@ -426,7 +429,9 @@ def show_progress(done: int, total: int) -> None:
         print(f"loading {done / total:4.0%}", end=end, file=sys.stderr, flush=True)
 
 
-def complete(meter: Meter, requests: list[Request], prompts: list[str], tokenizer: Tokenizer, options: Options) -> list[dict]:
+def complete(
+    meter: Meter, requests: list[Request], prompts: list[str], tokenizer: Tokenizer, options: Options
+) -> list[dict]:
     """Decode every request in groups of the batch size, printing text as it comes, and return the samples."""
     samples = []
     for begin in range(0, len(requests), options.batch_size):
@@ -479,7 +484,7 @@ def main(arguments: list[str]) -> None:
     source = checkpoint.open_checkpoint(options.checkpoint)
     tokenizer, limit = source.tokenizer, source.config.max_seq_len
     if options.max_seq_len is not None and options.max_seq_len > limit:
-        raise ValueError(f"--max-seq-len {options.max_seq_len} is more than the {limit} that {source.name} was made for")
+        raise ValueError(f"--max-seq-len {options.max_seq_len} is more than the {limit} that {source.name} holds")
     limit = options.max_seq_len or limit
     stop_ids = frozenset() if options.ignore_eos else frozenset(source.eos_ids)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
@@ -487,7 +492,8 @@ def main(arguments: list[str]) -> None:
     if not options.interactive:
         for text in read_prompts(options):
             chatting = options.chat or bool(system)
-            prompt = tokenizer.chat([*system, {"role": "user", "content": text}]) if chatting else tokenizer.encode(text)
+            message = {"role": "user", "content": text}
+            prompt = tokenizer.chat([*system, message]) if chatting else tokenizer.encode(text)
             check_prompt(prompt, limit)
             for sample_index in range(options.num_samples):
                 own = dataclasses.replace(params, seed=seed + sample_index)

@@ -182,38 +182,38 @@ class GGUFFile:
 
 
 def model_config(file: GGUFFile) -> ModelConfig:
-    arch = file.metadata.get("general.architecture")
+    arch = str(file.metadata.get("general.architecture"))
     if arch not in _ARCHITECTURES:
         raise ValueError(f"{file.path} has architecture {arch!r}; supported in GGUF: {', '.join(_ARCHITECTURES)}")
 
-    def get(key: str, default: object = None) -> object:
+    def number(key: str, default: float | None = None, *, least: float = 1) -> float:
         value = file.metadata.get(f"{arch}.{key}", default)
-        if value is None:
+        values = value if isinstance(value, list) else [value]  # some keys may have one value per layer
+        if not values or value is None:
             raise ValueError(f"{file.path} has no {arch}.{key} in its metadata; convert the model again")
-        return value
-
-    def same_in_all_layers(key: str, default: object = None) -> int:
-        value = get(key, default)  # a number, or an array with one per layer
-        values = set(value) if isinstance(value, list) else {value}
-        if len(values) != 1:
+        if any(other != values[0] for other in values):
             raise ValueError(f"{file.path}: {arch}.{key} differs between layers, {value}; that is not supported")
-        return int(values.pop())
+        if not isinstance(values[0], int | float) or not values[0] >= least:
+            raise ValueError(f"{file.path}: {arch}.{key} is {values[0]!r}; it must be a number of at least {least}")
+        return values[0]
+
+    def size(key: str, default: int | None = None, *, least: int = 1) -> int:
+        return int(number(key, default, least=least))
 
     if file.metadata.get("split.count", 1) > 1:
         raise ValueError(f"{file.path} is one part of a split GGUF; merge the parts with llama-gguf-split --merge")
-    if get("expert_count", 0):
-        raise ValueError(f"{file.path} is a mixture of {get('expert_count')} experts; only dense models are supported")
+    if experts := size("expert_count", 0, least=0):
+        raise ValueError(f"{file.path} is a mixture of {experts} experts; only dense models are supported")
     for name in ("token_embd.weight", "output_norm.weight"):
         if name not in file.infos:
             raise ValueError(f"{file.path} has no tensor {name}: it is not a whole language model")
 
-    dim, n_layers = int(get("embedding_length")), int(get("block_count"))
-    n_heads = same_in_all_layers("attention.head_count")
-    head_dim = int(get("attention.key_length", dim // n_heads))
+    dim, n_layers, n_heads = size("embedding_length"), size("block_count"), size("attention.head_count")
+    head_dim = size("attention.key_length", dim // n_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if get(key, head_dim) != head_dim:
-            raise ValueError(f"{file.path}: {arch}.{key} {get(key)} must equal the head dim {head_dim}")
-    window = int(get("attention.sliding_window", 0)) or None
+        if size(key, head_dim) != head_dim:
+            raise ValueError(f"{file.path}: {arch}.{key} {size(key)} must equal the head dim {head_dim}")
+    window = size("attention.sliding_window", 0, least=0) or None
     # A Mistral model is a "llama" in GGUF; the window is the only thing that tells them apart.
     architecture = "MistralForCausalLM" if arch == "llama" and window else _ARCHITECTURES[arch]
     config = ModelConfig(
@@ -221,13 +221,13 @@ def model_config(file: GGUFFile) -> ModelConfig:
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=same_in_all_layers("attention.head_count_kv", n_heads),
+        n_kv_heads=size("attention.head_count_kv", n_heads),
         head_dim=head_dim,
-        ffn_dim=same_in_all_layers("feed_forward_length"),
+        ffn_dim=size("feed_forward_length"),
         vocab_size=file.infos["token_embd.weight"].shape[0],
-        max_seq_len=int(get("context_length")),
-        norm_eps=float(get("attention.layer_norm_rms_epsilon")),
-        rope_theta=float(get("rope.freq_base", 10000.0)),
+        max_seq_len=size("context_length"),
+        norm_eps=number("attention.layer_norm_rms_epsilon", least=0),
+        rope_theta=number("rope.freq_base", 10000.0),
         no_rope_layers=tuple(range(3, n_layers, 4)) if arch == "smollm3" else (),
         sliding_window=window,
         sliding_layers=tuple(range(n_layers)) if window else (),
@@ -237,11 +237,11 @@ def model_config(file: GGUFFile) -> ModelConfig:
         qk_norm="blk.0.attn_q_norm.weight" in file.infos,
         tied_head="output.weight" not in file.infos,
     )
-    kind = get("rope.scaling.type", "none")
+    kind = file.metadata.get(f"{arch}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ValueError(f"{file.path} has rope scaling {kind!r}; supported: none, linear, llama3")
     if kind == "linear":
-        scaling = RopeScaling(kind="linear", factor=float(get("rope.scaling.factor")))
+        scaling = RopeScaling(kind="linear", factor=number("rope.scaling.factor"))
         config = replace(config, rope_scaling=scaling)
     return _with_llama3_scaling(file, config)
 
@@ -268,7 +268,7 @@ def tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]
             continue
         *layer, part, suffix = name.split(".")  # "blk", "0", "attn_q", "weight"
         tensor = file.read(name)
-        if permuted and part in heads:
+        if permuted and part in heads and tensor.shape[0] == heads[part] * config.head_dim:
             tensor = _unpermute(tensor, heads[part])
         prefix = f"model.layers.{layer[1]}." if len(layer) == 2 else ""
         yield (f"{prefix}{_NAMES[part]}.{suffix}" if part in _NAMES else name), tensor

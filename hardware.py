@@ -31,7 +31,9 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ValueError(f"--device {name}: this torch {torch.__version__} sees {count} CUDA devices; use --device cpu")
+            raise ValueError(
+                f"--device {name}: this torch {torch.__version__} sees {count} CUDA devices; use --device cpu"
+            )
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not mps:
         raise ValueError("--device mps: this torch has no MPS; use --device cpu")
@@ -46,7 +48,9 @@ def device_name(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         cpuinfo = Path("/proc/cpuinfo").read_text()
-        name = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), name)
+        name = next(
+            (line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), name
+        )
     return f"{name}, {torch.get_num_threads()} threads"
 
 

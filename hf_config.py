@@ -43,6 +43,8 @@ def _smollm3(raw: Mapping, n_layers: int) -> dict:
     if uses_rope is None:
         interval = raw.get("no_rope_layer_interval", 4)
         uses_rope = [int((layer + 1) % interval != 0) for layer in range(n_layers)]
+    if len(uses_rope) < n_layers:
+        raise ValueError(f"no_rope_layers has {len(uses_rope)} entries for {n_layers} layers; complete config.json")
     without = tuple(layer for layer in range(n_layers) if not uses_rope[layer])
     return {"no_rope_layers": without, **_llama(raw, n_layers), **_sliding(raw, without)}
 
@@ -113,7 +115,7 @@ def _read_rope(raw: Mapping, file: Path, max_seq_len: int) -> tuple[float, RopeS
         raise ValueError(f"{file}: partial_rotary_factor other than 1 is not supported")
     required = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]
     for key in required:
-        if key not in rope:
+        if rope.get(key) is None:
             raise ValueError(f"{file}: rope type {kind!r} has no {key!r}; complete it from the model's source")
     if kind == "default":
         return theta, None

@@ -48,13 +48,18 @@ def measure(options: Options, params: SamplingParams) -> dict:
     load_s = time.perf_counter() - start
     length = options.prompt_len + options.new_tokens
     if length > source.config.max_seq_len:
-        raise ValueError(f"--prompt-len and --new-tokens make {length} tokens; the model holds {source.config.max_seq_len}")
+        raise ValueError(f"--prompt-len and --new-tokens make {length}; the model holds {source.config.max_seq_len}")
     generator = Generator(model, max_seq_len=length, batch_size=options.batch, compile=options.compile)
 
     def requests() -> list[Request]:
-        prompts = [random.choices(range(source.config.vocab_size), k=options.prompt_len) for _ in range(options.batch)]
-        own = [dataclasses.replace(params, seed=row) for row in range(options.batch)]
-        return [Request(prompt=p, params=q, max_new_tokens=options.new_tokens) for p, q in zip(prompts, own, strict=True)]
+        return [
+            Request(
+                prompt=random.choices(range(source.config.vocab_size), k=options.prompt_len),
+                params=dataclasses.replace(params, seed=row),
+                max_new_tokens=options.new_tokens,
+            )
+            for row in range(options.batch)
+        ]
 
     start = time.perf_counter()
     if options.compile:
@@ -103,8 +108,10 @@ def main(arguments: list[str]) -> None:
             f"memory read    {result['decode_gbs']:9.1f} GB/s = {result['bandwidth_fraction']:.1%} of the "
             f"{result['read_gbs']:.1f} GB/s that this device reads"
         )
-    print(f"from the start {result['first_token_after_start_s']:9.1f} s to the first token (load {result['load_s']:.1f}, "
-          f"compile {result['compile_s']:.1f})")
+    print(
+        f"from the start {result['first_token_after_start_s']:9.1f} s to the first token "
+        f"(load {result['load_s']:.1f}, compile {result['compile_s']:.1f})"
+    )
     print(f"peak memory    {result['peak_memory_gb']:9.2f} GB")
 
 

@@ -319,6 +319,24 @@ def test_gguf_byte_level_vocabulary_gives_the_ids_of_the_original(pre):
             assert ids == backend.encode(text, add_special_tokens=False).ids, text[:40]
 
 
+def test_gguf_pre_tokenizers_differ_where_the_models_do():
+    base = byte_level_metadata(byte_level_backend("gpt-2"), "gpt-2")
+    tokens = [*base["tokenizer.ggml.tokens"], "78", "zqzq"]
+    base |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [*base["tokenizer.ggml.token_type"], 1, 1]}
+    base["tokenizer.ggml.merges"] = [*base["tokenizer.ggml.merges"], "7 8"]
+
+    def ids(pre, text):
+        return tokenizer_from_gguf(base | {"tokenizer.ggml.pre": pre}).encode(text, special=False)
+
+    pair, word = len(tokens) - 2, len(tokens) - 1
+    assert ids("gpt-2", "78") == ids("llama-bpe", "78") == [pair]
+    assert len(ids("smollm", "78")) == len(ids("qwen2", "78")) == 2  # these take digits one by one
+    assert ids("llama-bpe", "zqzq") == [word]  # a token no merge leads to
+    assert word not in ids("gpt-2", "zqzq")
+    assert ids("qwen2", "e\u0301") == ids("qwen2", "é")  # Qwen composes characters (NFC)
+    assert ids("gpt-2", "e\u0301") != ids("gpt-2", "é")
+
+
 def test_gguf_says_whether_bos_is_added():
     metadata = byte_level_metadata(byte_level_backend("gpt-2"), "gpt-2")
     plain = tokenizer_from_gguf(metadata).encode("the fox")

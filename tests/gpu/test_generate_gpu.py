@@ -48,9 +48,7 @@ def test_rows_of_a_batch_get_what_they_get_alone(compiled: Generator) -> None:
 
 
 def test_bf16_decode_replays_one_graph_and_no_prompt_length_recompiles() -> None:
-    generator = Generator(
-        tiny_model(device="cuda", dtype=torch.bfloat16), max_seq_len=256, batch_size=1, compile=True
-    )
+    generator = Generator(tiny_model(device="cuda", dtype=torch.bfloat16), max_seq_len=256, batch_size=1, compile=True)
     answers(generator, [prompt(5)], 8)
     answers(generator, [prompt(6)], 8)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
