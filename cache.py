@@ -49,6 +49,8 @@ class StaticLayer:
         B, T, H, D = q.shape
         S, K = self.k.shape[1], self.k.shape[2]
         k, v = self.k.transpose(1, 2), self.v.transpose(1, 2)  # [B, K, S, D]
+        if T == 1 and mask is not None and torch.compiler.is_compiling() and q.device.type == "cpu":
+            return self._attend_one(q, mask)
         if T == 1 and mask is not None:
             # A decoding token's G heads per key head become G rows of one head: keys are read once, unrepeated.
             y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
@@ -60,6 +62,17 @@ class StaticLayer:
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)  # [B, T, H, D]
+
+
+    def _attend_one(self, q: Tensor, mask: Tensor) -> Tensor:
+        """`attend` for one token in plain arithmetic, which the compiler fuses with what is around it on the CPU."""
+        B, _, H, D = q.shape
+        K = self.k.shape[2]
+        q_BKGD = q.view(B, K, H // K, D).float() * D**-0.5
+        scores = (q_BKGD[:, None] * self.k[:, :, :, None].float()).sum(-1)  # [B, S, K, G]
+        scores = scores.masked_fill(~mask.view(B, -1, 1, 1), float("-inf"))
+        y = (scores.softmax(1)[..., None] * self.v[:, :, :, None].float()).sum(1)  # [B, K, G, D]
+        return y.to(q.dtype).view(B, 1, H, D)
 
 
 class StaticCache:

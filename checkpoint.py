@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import gguf_reader
+import hardware
 from hf_config import PRESETS, hf_config, read_config
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -184,6 +185,7 @@ def _stream_weights(
 ) -> Iterator[tuple[str, Tensor, int]]:
     """Copy each stored tensor into its rows; gives the parameter's name, the parameter and the bytes just filled."""
     weights: dict[str, Tensor] = {}
+    arena = hardware.Arena(device)
     missing, left_over = dict(slots), []
     for name, tensor in checkpoint.tensors():
         slot = missing.pop(name, None)
@@ -199,7 +201,7 @@ def _stream_weights(
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{checkpoint.name}: {name} is stored as {tensor.dtype}; only float weights are supported")
         if slot.parameter not in weights:
-            weights[slot.parameter] = torch.empty(shapes[slot.parameter], dtype=dtype, device=device)
+            weights[slot.parameter] = arena.empty(shapes[slot.parameter], dtype)
         rows = slot.rows(weights[slot.parameter])
         rows.copy_(tensor)
         yield slot.parameter, weights[slot.parameter], rows.nbytes
@@ -219,9 +221,9 @@ def _few(names: Sequence[str] | Mapping[str, object]) -> str:
 def _random_weights(
     shapes: Mapping[str, torch.Size], *, device: torch.device, dtype: torch.dtype, seed: int
 ) -> Iterator[tuple[str, Tensor, int]]:
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, arena = torch.Generator(device).manual_seed(seed), hardware.Arena(device)
     for name, shape in shapes.items():
-        parameter = torch.empty(shape, dtype=dtype, device=device)
+        parameter = arena.empty(shape, dtype)
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
         else:

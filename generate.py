@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import aot
 import chat
 import checkpoint
 import cli
@@ -245,6 +246,8 @@ def check_prompt(prompt: Sequence[int], max_seq_len: int) -> None:
 
 def compile_model(model: Transformer) -> None:
     """Compile the model by regions: one layer's code serves all, so compiling takes seconds, whatever the depth."""
+    if model.embed.weight.device.type == "cpu":
+        return aot.compile_for_cpu(model, checkpoint.cache_dir() / "aot")
     if "begin" in vars(model):
         return  # it is already
     # All layers run the same code: each of its uses (a prompt, a token, one row, several) in each kind of layer counts.

@@ -30,65 +30,7 @@ from checkpoint import load_model, open_checkpoint, save_model
 from hf_config import PRESETS, hf_config, read_config
 from model import RopeScaling, Transformer, rope_frequencies
 from scripts import download
-
-PROMPT = [3, 17, 42, 9, 88, 5, 61, 30, 12, 77, 4, 19, 54, 2, 36, 71]
-
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
-MODELS = {  # name: (architecture, what differs from SMALL)
-    "llama2": ("Llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
-    "llama3": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "eos_token_id": [2, 5]}),
-    "llama-linear": ("Llama", {"rope_parameters": LINEAR, "head_dim": 24}),
-    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
-    "mistral": ("Mistral", {"sliding_window": 5, "head_dim": 32}),
-    "mistral-full": ("Mistral", {"sliding_window": None}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2-sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
-    "qwen3": ("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
-    "qwen3-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
-    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
-    "smollm3-untied": ("SmolLM3", {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 6}),
-}
-
-MAKE = """
-import json, sys, torch, transformers
-torch.set_num_threads(1)
-models, small, prompt = json.load(open("spec.json"))
-logits = {}
-for i, (name, (family, changes)) in enumerate(models.items()):
-    torch.manual_seed(i)
-    config = getattr(transformers, family + "Config")(**{**small, **changes})
-    config._attn_implementation = "eager"
-    model = getattr(transformers, family + "ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():  # larger than the default, so that mistakes show
-            if key.endswith("norm.weight"):
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            else:
-                parameter.normal_(0.0, 0.15)
-        logits[name] = model(torch.tensor([prompt])).logits[0].clone()
-    model.save_pretrained(name, max_shard_size="40KB" if name in ("llama2", "qwen3") else "1GB")
-torch.save(logits, "logits.pt")
-"""
+from tests.conftest import MODELS, PROMPT, run_transformers
 
 CHECK = """
 import json, torch, transformers
@@ -104,20 +46,6 @@ for name in names:
         logits[name] = model(torch.tensor([prompt])).logits[0].clone()
 torch.save(logits, "saved_logits.pt")
 """
-
-
-def run_transformers(code: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory) -> Path:
-    """A folder with one tiny directory per model, written by transformers, and their logits on PROMPT."""
-    folder = tmp_path_factory.mktemp("zoo")
-    (folder / "spec.json").write_text(json.dumps([MODELS, SMALL, PROMPT]))
-    run_transformers(MAKE, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

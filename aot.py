@@ -1,0 +1,133 @@
+"""A layer compiled ahead of time, for decoding on the CPU.
+
+On CUDA a graph hides what it costs to call compiled layers. A CPU pays it for every layer of every token: checking
+torch.compile's guards and unpacking the module takes longer than a small model's matrices. AOTInductor makes a
+library that takes nothing but tensors, so one serves every layer of a kind, a call costs microseconds, and the next
+start loads it from disk without compiling or even tracing.
+
+It is for one row and one token. Longer inputs and larger batches, where the matrices dominate, run as they are.
+"""
+
+import hashlib
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import cache
+import model
+from hardware import device_name
+
+
+def compile_for_cpu(transformer: model.Transformer, directory: Path) -> None:
+    """Let `transformer` decode with compiled layers and head, whose libraries are kept in `directory`."""
+    if isinstance(transformer.logits, _Head):
+        return  # it does already
+    libraries: dict[tuple, _Library] = {}
+    for index, layer in enumerate(transformer.layers):
+        kind = ("layer", layer.attention.use_rope, repr(transformer.config))
+        if kind not in libraries:
+            libraries[kind] = _Library(kind, _LayerFunction(transformer.config, index), directory)
+        layer.forward = _Layer(layer, libraries[kind])
+    kind = ("head", repr(transformer.config))
+    transformer.logits = _Head(transformer, _Library(kind, _HeadFunction(transformer), directory))
+
+
+class _Layer:
+    """Takes the place of a block's `forward`."""
+
+    def __init__(self, layer: model.Block, library: "_Library") -> None:
+        self.eager, self.sliding, self.library = layer.forward, layer.attention.sliding, library
+        self.weights = list(layer.parameters())
+
+    def __call__(self, x: Tensor, step: model.Step, kv: cache.StaticLayer) -> Tensor:
+        mask = step.window_mask if self.sliding else step.mask
+        if x.shape[:2] != (1, 1) or mask is None:
+            return self.eager(x, step, kv)
+        return self.library([x, step.cos, step.sin, step.input_pos, mask, kv.k, kv.v, *self.weights])
+
+
+class _Head:
+    """Takes the place of a transformer's `logits`."""
+
+    def __init__(self, transformer: model.Transformer, library: "_Library") -> None:
+        self.eager, self.library = transformer.logits, library
+        self.weights = [transformer.norm.weight, transformer.head.weight]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.library([x, *self.weights]) if x.shape[:-1] == (1, 1) else self.eager(x)
+
+
+class _LayerFunction(nn.Module):
+    """A block as a function of tensors alone."""
+
+    def __init__(self, config: model.ModelConfig, index: int) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            block = model.Block(config, index)
+        self.block = [block]  # in a list: were it a submodule, its weights would be constants of the library
+        self.names = [name for name, _ in block.named_parameters()]
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        x, cos, sin, input_pos, mask, k, v, *weights = inputs
+        step, kv = model.Step(cos, sin, input_pos, mask, mask), cache.StaticLayer(k, v)
+        return torch.func.functional_call(self.block[0], dict(zip(self.names, weights, strict=True)), (x, step, kv))
+
+    @staticmethod
+    def dynamic_shapes(count: int) -> list:
+        S = torch.export.Dim("S", min=2, max=1 << 24)
+        return [None, None, None, None, {3: S}, {1: S}, {1: S}, *[None] * (count - 7)]
+
+
+class _HeadFunction(nn.Module):
+    """The final norm and the head as a function of tensors alone."""
+
+    def __init__(self, transformer: model.Transformer) -> None:
+        super().__init__()
+        self.norm, self.head = [transformer.norm], [transformer.head]
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        x, norm, head = inputs
+        x = torch.func.functional_call(self.norm[0], {"weight": norm}, (x,))
+        return torch.func.functional_call(self.head[0], {"weight": head}, (x,))
+
+    @staticmethod
+    def dynamic_shapes(count: int) -> list:
+        return [None] * count
+
+
+class _Library:
+    """A function compiled at its first call, or loaded if some earlier process compiled the same."""
+
+    def __init__(self, kind: tuple, function: "_LayerFunction | _HeadFunction", directory: Path) -> None:
+        self.kind, self.function, self.directory = kind, function, directory
+        self.run: Callable[[list[Tensor]], list[Tensor]] | None = None
+
+    def __call__(self, inputs: list[Tensor]) -> Tensor:
+        if self.run is None:
+            self.run = self._load(inputs)
+        return self.run(list(inputs))[0]
+
+    def _load(self, inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+        path = self.directory / f"{self.kind[0]}-{self._key(inputs)}.pt2"
+        if not path.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.pt2")
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # torch's own, about its deprecations
+                shapes = (self.function.dynamic_shapes(len(inputs)),)
+                program = torch.export.export(self.function, (inputs,), dynamic_shapes=shapes, strict=False)
+                torch._inductor.aoti_compile_and_package(program, package_path=str(part))
+            part.replace(path)  # two processes may do the same work, neither sees half of it
+        return torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+
+    def _key(self, inputs: list[Tensor]) -> str:
+        """Everything that the compiled code depends on: a stale library would compute another model."""
+        sources = [inspect.getsource(module) for module in (model, cache)]
+        tensors = [(t.dtype, t.dim()) for t in inputs]
+        facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
