@@ -63,7 +63,6 @@ class StaticLayer:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)  # [B, T, H, D]
 
-
     def _attend_one(self, q: Tensor, mask: Tensor) -> Tensor:
         """`attend` for one token in plain arithmetic, which the compiler fuses with what is around it on the CPU."""
         B, _, H, D = q.shape

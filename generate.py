@@ -75,11 +75,10 @@ class Generator:
         self.cached: list[int] = []  # tokens whose keys and values the first row holds
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # the newest of each row
         self.input_pos = torch.zeros_like(self.tokens)  # where they go
-        self.sample = sample
         self.compiled = compile
+        self.sample = torch.compile(sample) if compile else sample
         if compile:
             compile_model(model)
-            self.sample = torch.compile(sample, fullgraph=True)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.samplings: dict[tuple, SamplingBatch] = {}
@@ -141,9 +140,7 @@ class Generator:
             hidden = self.model.hidden(padded[:, begin:end], input_pos, view)  # [B, T, C]
             here = hidden[rows, (last - begin).clamp(0, end - begin - 1)]  # [B, C]
             x = here if x is None else torch.where((last >= begin)[:, None], here, x)
-        token = self.sample(self.model.logits(x), sampling, last + 1)
-        sampling.count(token)
-        self.tokens[:B, 0] = token
+        self.tokens[:B, 0] = self._draw(self.model.logits(x), sampling, last + 1)
         self.input_pos[:B, 0] = last + 1
 
     def decode(self, length: int, sampling: SamplingBatch) -> None:
@@ -184,9 +181,13 @@ class Generator:
         tokens, input_pos = self.tokens[:B], self.input_pos[:B]
         x = self.model.hidden(tokens, input_pos, self.cache.narrow(length, rows=B))
         input_pos.add_(1).clamp_(max=self.max_seq_len - 1)  # a finished row in a batch that goes on stays inside
-        token = self.sample(self.model.logits(x)[:, 0], sampling, input_pos[:, 0])
+        tokens[:, 0] = self._draw(self.model.logits(x)[:, 0], sampling, input_pos[:, 0])
+
+    def _draw(self, logits: Tensor, sampling: SamplingBatch, position: Tensor) -> Tensor:
+        pick = sample if sampling.greedy else self.sample  # an argmax is not worth compiling
+        token = pick(logits, sampling, position)
         sampling.count(token)
-        tokens.copy_(token[:, None])
+        return token
 
     def _bucket(self, length: int) -> int:
         """The cache length that attention reads: a few sizes per octave, so that few graphs serve all lengths."""
@@ -343,7 +344,8 @@ def describe(stats: dict) -> str:
         f"{stats['prompt_tokens']} prompt tokens, first token after {ttft}; {stats['new_tokens']} new tokens at "
         f"{stats['decode_tok_s']:.1f} tok/s, {stats['decode_gbs']:.1f} GB/s = {stats['bandwidth_fraction']:.0%} of the "
         f"{stats['read_gbs']:.1f} GB/s that this device reads; load {stats['load_s']:.1f} s, compile "
-        f"{stats['compile_s']:.1f} s, peak memory {stats['peak_memory_gb']:.2f} GB; {stats['dtype']} on {stats['device']}"
+        f"{stats['compile_s']:.1f} s, peak memory {stats['peak_memory_gb']:.2f} GB; "
+        f"{stats['dtype']} on {stats['device']}"
     )
 
 

@@ -6,7 +6,8 @@ thread. This file refuses to know where weights come from, how they are stored, 
 schedules the calls: those replace the linears, or hand in another cache.
 
 Shape letters, used in every reshape's comment: B batch rows, T tokens in this call, S cache length, H query heads,
-K key/value heads, G query heads per key/value head (H = K * G), D head dim, C model dim, F feed-forward dim, V vocabulary.
+K key/value heads, G query heads per key/value head (H = K * G), D head dim, C model dim, F feed-forward dim,
+V vocabulary.
 """
 
 import math

@@ -167,7 +167,7 @@ def uniform(seed: Tensor, position: Tensor, n: int) -> Tensor:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finalizer on int64 tensors that hold 32-bit values; the product wraps, its low half is right."""
+    """MurmurHash3's finalizer on int64 tensors of 32-bit values: the product wraps, but its low half is right."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B & _UINT32
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & _UINT32
     return x ^ (x >> 16)

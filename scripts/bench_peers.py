@@ -64,7 +64,11 @@ def transformers(path: str, ids: list[int], new: int, threads: int) -> Callable[
     def seconds(tokens: int) -> float:
         start = time.perf_counter()
         model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
         )
         return time.perf_counter() - start
 
@@ -124,12 +128,22 @@ def compare(options: Options) -> dict:
         checkpoint.save_model(model, Path(path) / "hf", tokenizer=source.tokenizer, eos_ids=source.eos_ids)
         if "llama_cpp" in names:
             if checkpoint.locate(source.name).suffix != ".gguf":
-                raise ValueError(f"llama.cpp reads GGUF only and {source.name} is none; use {checkpoint.DEFAULT_CHECKPOINT}")
+                raise ValueError(
+                    f"llama.cpp reads GGUF only and {source.name} is none; use {checkpoint.DEFAULT_CHECKPOINT}"
+                )
             write_gguf(source, Path(path) / "hf" / "model.gguf")
         del model
         workers = {}
         for name in names:
-            command = [sys.executable, "-m", "scripts.bench_peers", "--worker", name, f"{path}/hf", str(options.new_tokens)]
+            command = [
+                sys.executable,
+                "-m",
+                "scripts.bench_peers",
+                "--worker",
+                name,
+                f"{path}/hf",
+                str(options.new_tokens),
+            ]
             command += [str(options.threads), ",".join(map(str, ids))]
             pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             stack.callback(pipe.kill)

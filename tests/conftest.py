@@ -15,6 +15,8 @@ import torch
 from cache import StaticCache
 from model import ModelConfig, Transformer
 
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where cores are shared
+
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",
     dim=48,
