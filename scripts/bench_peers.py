@@ -135,16 +135,8 @@ def compare(options: Options) -> dict:
         del model
         workers = {}
         for name in names:
-            command = [
-                sys.executable,
-                "-m",
-                "scripts.bench_peers",
-                "--worker",
-                name,
-                f"{path}/hf",
-                str(options.new_tokens),
-            ]
-            command += [str(options.threads), ",".join(map(str, ids))]
+            worker = [name, f"{path}/hf", str(options.new_tokens), str(options.threads), ",".join(map(str, ids))]
+            command = [sys.executable, "-m", "scripts.bench_peers", "--worker", *worker]
             pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             stack.callback(pipe.kill)
             workers[name] = pipe
