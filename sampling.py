@@ -64,7 +64,8 @@ class SamplingBatch:
         self.frequency_penalty = column([p.frequency_penalty for p in params])
         self.temperature = column([p.temperature for p in params])
         self.top_k = column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.int64)
-        self.top_p = column([p.top_p for p in params])
+        # A sum of fp32 probabilities can round to 1 before its end: off has to be out of its reach.
+        self.top_p = column([p.top_p if p.top_p < 1.0 else math.inf for p in params])
         self.min_p = column([p.min_p for p in params])
         self.seed = column([p.seed % 2**63 for p in params], torch.int64)
         self.greedy = all(p.temperature == 0.0 for p in params)
@@ -161,7 +162,7 @@ def sample(logits: Tensor, batch: SamplingBatch, position: Tensor) -> Tensor:
 def uniform(seed: Tensor, position: Tensor, n: int) -> Tensor:
     """Noise in the open interval (0, 1), fp32 [B, n], a pure function of seed [B, 1], position [B, 1] and column."""
     row = _hash(_hash(_hash(seed & _UINT32) ^ (seed >> 32)) ^ position)  # [B, 1]
-    column = torch.arange(n, device=seed.device) * 0x9E3779B9 & _UINT32
+    column = torch.arange(n, device=seed.device)
     bits = _hash(_hash(row ^ column) + row & _UINT32) >> 9  # 23 bits: with the half below, fp32 holds them exactly
     return (bits.float() + 0.5) * 2.0**-23
 

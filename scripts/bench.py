@@ -108,10 +108,11 @@ def main(arguments: list[str]) -> None:
             f"memory read    {result['decode_gbs']:9.1f} GB/s = {result['bandwidth_fraction']:.1%} of the "
             f"{result['read_gbs']:.1f} GB/s that this device reads"
         )
-    print(
-        f"from the start {result['first_token_after_start_s']:9.1f} s to the first token "
-        f"(load {result['load_s']:.1f}, compile {result['compile_s']:.1f})"
-    )
+    if result["first_token_after_start_s"] is not None:
+        print(
+            f"from the start {result['first_token_after_start_s']:9.1f} s to the first token "
+            f"(load {result['load_s']:.1f}, compile {result['compile_s']:.1f})"
+        )
     print(f"peak memory    {result['peak_memory_gb']:9.2f} GB")
 
 

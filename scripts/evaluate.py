@@ -267,10 +267,9 @@ def evaluate(options: Options) -> dict:
     source = checkpoint.open_checkpoint(options.checkpoint)
     rows: list[tuple[Sequence[int], int]] = []
     if options.text is not None:  # before the weights are read: it may turn out too short
-        if options.context > source.config.max_seq_len:
-            raise ValueError(
-                f"--context {options.context} is more than the {source.config.max_seq_len} the model holds"
-            )
+        limit = source.config.max_seq_len
+        if options.context > limit:
+            raise ValueError(f"--context {options.context} is more than the {limit} that {source.name} holds")
         tokens = source.tokenizer.encode(read_text(options.text), special=False)
         rows = windows_of(tokens, context=options.context, windows=options.windows)
     dtype = hardware.DTYPES[options.dtype]

@@ -7,13 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import hardware
 from cache import StaticCache
+from checkpoint import save_model
 from model import ModelConfig, Transformer
+from tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where cores are shared
 
@@ -139,6 +143,33 @@ def zoo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zoo")
     (folder / "spec.json").write_text(json.dumps([MODELS, SMALL, PROMPT, ROWS]))
     run_transformers(MAKE, folder)
+    return folder
+
+
+# ---- What the command line needs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory) -> Path:
+    """A tiny model in Hugging Face layout, with a tokenizer and a chat template."""
+    from tests.test_tokenizer import TEMPLATE, byte_level_backend  # one copy of how a tokenizer is trained
+
+    folder = tmp_path_factory.mktemp("tiny")
+    byte_level_backend("smollm").save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(folder)
+    config = replace(TINY, vocab_size=tokenizer.vocab_size, max_seq_len=4096)
+    save_model(tiny_model(config), folder / "model", tokenizer=tokenizer)
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory) -> Path:
+    """A folder for $TACHYON_CACHE that knows this machine's bandwidth already: no test waits for the probe."""
+    folder = tmp_path_factory.mktemp("cache")
+    key = f"{hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}"
+    (folder / "bandwidth.json").write_text(json.dumps({key: 1e10}))
     return folder
 
 
