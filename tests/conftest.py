@@ -175,7 +175,7 @@ def cache_folder(tmp_path_factory) -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
-        if "network" in item.keywords and os.environ.get("TACHYON_OFFLINE"):
+        if item.get_closest_marker("network") and os.environ.get("TACHYON_OFFLINE"):
             item.add_marker(pytest.mark.skip(reason="TACHYON_OFFLINE is set"))

@@ -110,9 +110,9 @@ def test_a_stop_id_may_be_the_first_token(generator: Generator) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_context_limits_an_answer(batch: int) -> None:
-    generator = Generator(tiny_model(), max_seq_len=20, batch_size=batch)
-    requests = [Request(prompt=prompt(n), max_new_tokens=100) for n in (19, 3, 11)[:batch]]
-    assert run(generator, *requests) == [fresh(prompt(n), 20 - n) for n in (19, 3, 11)[:batch]]
+    generator = Generator(tiny_model(), max_seq_len=64, batch_size=batch)  # no slot more than the context
+    requests = [Request(prompt=prompt(n), max_new_tokens=100) for n in (63, 3, 40)[:batch]]
+    assert run(generator, *requests) == [fresh(prompt(n), 64 - n) for n in (63, 3, 40)[:batch]]
     assert {r.finish_reason for r in requests} == {"length"}
 
 
