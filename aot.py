@@ -8,9 +8,11 @@ start loads it from disk without compiling or even tracing.
 It is for one row and one token. Longer inputs and larger batches, where the matrices dominate, run as they are.
 """
 
+import contextlib
 import hashlib
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +48,7 @@ class _Layer:
 
     def __call__(self, x: Tensor, step: model.Step, kv: cache.StaticLayer) -> Tensor:
         mask = step.window_mask if self.sliding else step.mask
-        if x.shape[:2] != (1, 1) or mask is None:
+        if x.shape[:2] != (1, 1) or mask is None or mask.shape[-1] == 1:  # a dynamic size starts at 2
             return self.eager(x, step, kv)
         return self.library([x, step.cos, step.sin, step.input_pos, mask, kv.k, kv.v, *self.weights])
 
@@ -114,20 +116,22 @@ class _Library:
 
     def _load(self, inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
         path = self.directory / f"{self.kind[0]}-{self._key(inputs)}.pt2"
-        if not path.exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.pt2")
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # torch's own, about its deprecations
-                shapes = (self.function.dynamic_shapes(len(inputs)),)
-                program = torch.export.export(self.function, (inputs,), dynamic_shapes=shapes, strict=False)
-                torch._inductor.aoti_compile_and_package(program, package_path=str(part))
-            part.replace(path)  # two processes may do the same work, neither sees half of it
+        if path.exists():
+            with contextlib.suppress(RuntimeError):  # damaged: it is made anew
+                return torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+        self.directory.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.pt2")
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # torch's own, about its deprecations
+            shapes = (self.function.dynamic_shapes(len(inputs)),)
+            program = torch.export.export(self.function, (inputs,), dynamic_shapes=shapes, strict=False)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(part))
+        part.replace(path)  # two processes may do the same work, neither sees half of it
         return torch._inductor.aoti_load_package(str(path)).loader.boxed_run
 
     def _key(self, inputs: list[Tensor]) -> str:
         """Everything that the compiled code depends on: a stale library would compute another model."""
-        sources = [inspect.getsource(module) for module in (model, cache)]
+        sources = [inspect.getsource(module) for module in (model, cache, sys.modules[__name__])]
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

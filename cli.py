@@ -15,7 +15,16 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a mistake in the arguments shown as every other: in one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; --help lists the options")
 
 
 def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
@@ -63,6 +72,11 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         sys.exit(141)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(
+            "error: out of memory; try a smaller --batch-size or --max-seq-len:", *str(error).split(), file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -8,13 +8,13 @@ looks at tokens some steps late and drops what was decoded past an end. The rest
 prompts in, text, samples and figures out.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections import deque
@@ -95,7 +95,7 @@ class Generator:
         A single request reuses the keys and values that the one before it left for a common prefix.
         """
         for request in requests:
-            check_prompt(request.prompt, self.max_seq_len)
+            check_prompt(request.prompt, self.max_seq_len, self.model.config.vocab_size)
         B = len(requests)
         if not 0 < B <= self.batch_size:
             raise ValueError(f"got {B} requests for a batch size of {self.batch_size}")
@@ -104,11 +104,11 @@ class Generator:
         longest = max(len(r.prompt) for r in requests)
         last_step = max(min(r.max_new_tokens, self.max_seq_len - len(r.prompt)) for r in requests) - 1
         self.prefill([r.prompt for r in requests], start, sampling)
-        yield from self._accept(requests, self.tokens[:B, 0].tolist())
         pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         lookahead = self.lookahead if self.device.type == "cuda" else 0
         step = 0
         try:
+            yield from self._accept(requests, self.tokens[:B, 0].tolist())
             while any(r.finish_reason is None for r in requests):
                 while step < last_step and len(pending) <= lookahead:
                     self.decode(min(longest + step + 1, self.max_seq_len), sampling)
@@ -235,9 +235,13 @@ class Generator:
             yield request
 
 
-def check_prompt(prompt: Sequence[int], max_seq_len: int) -> None:
+def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> None:
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise ValueError(
+            f"the prompt has the token {max(prompt)} and the model knows {vocab_size}; its tokenizer is another model's"
+        )
     if len(prompt) >= max_seq_len:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens and the context holds {max_seq_len}, answer included; "
@@ -260,12 +264,17 @@ def compile_model(model: Transformer) -> None:
 
 
 class Answer:
-    """The text of a request as it grows. A stop string ends the request and is not part of the text."""
+    """The text of a request as it grows. A stop string ends the request and is not part of the text.
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    Where the answer `continues` its prompt, it keeps the space that it may begin with.
+    """
+
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = (), *, continues: bool = False
+    ) -> None:
         self.request, self.stop = request, stop
         self.text = ""
-        self._stream = tokenizer.stream()
+        self._stream = tokenizer.stream(continues=continues)
         self._tokens = 0  # how many of the request's tokens are in the text
         self._shown = 0  # how many characters `update` has returned
 
@@ -307,9 +316,9 @@ class Meter:
         finally:
             end = time.perf_counter()
             tokens = [len(r.token_ids) for r in requests]
-            self.prompt_tokens += sum(len(r.prompt) for r in requests)
-            self.new_tokens += sum(tokens)
             if first is not None:
+                self.prompt_tokens += sum(len(r.prompt) for r in requests)
+                self.new_tokens += sum(tokens)
                 steps = max(max(tokens) - 1, 0)  # a group goes on until its longest answer ends
                 live = max(len(r.prompt) for r in requests) + steps // 2
                 self.ttft_s.append(first - start)
@@ -349,6 +358,9 @@ def describe(stats: dict) -> str:
     )
 
 
+CHAT_CONTEXT = 16384  # a cache of the whole context of a model made for 128k may not fit beside it
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What the command line decides, sampling apart."""
@@ -372,7 +384,9 @@ class Options:
     seed: int | None = cli.option(None, "makes sampling repeatable (default: a new one each time)")
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
-    max_seq_len: int | None = cli.option(None, "context, answer included (default: what the prompts need)")
+    max_seq_len: int | None = cli.option(
+        None, f"context, answer included (default: what the prompts need; in a chat, {CHAT_CONTEXT} at most)"
+    )
     echo: bool = cli.option(False, "print the prompt before the answer")
     json: bool = cli.option(False, "print one JSON document: samples and stats")
     profile: Path | None = cli.option(None, "write a Chrome trace of the generation to this file")
@@ -382,8 +396,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
-        if self.interactive and (self.prompt is not None or self.prompt_file or self.json):
-            raise ValueError("--interactive reads its prompts from you; leave out --prompt, --prompt-file and --json")
+        if self.interactive:
+            for name in ("prompt", "prompt_file", "json", "echo", "profile", "num_samples", "batch_size"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    flag = name.replace("_", "-")
+                    raise ValueError(f"--interactive reads its prompts from you, one at a time; leave out --{flag}")
         if self.prompt is not None and self.prompt_file:
             raise ValueError("give --prompt or --prompt-file, not both")
         if "" in self.stop:
@@ -410,18 +427,18 @@ def read_prompts(options: Options) -> list[str]:
             raise ValueError("no prompt: give --prompt TEXT, --prompt-file FILE, --interactive, or standard input")
         return [text.removesuffix("\n")]
     try:
-        text = options.prompt_file.read_text(encoding="utf-8")
+        text = options.prompt_file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{options.prompt_file} is not UTF-8 text") from None
-    if text.lstrip().startswith("["):
+    if options.prompt_file.suffix == ".json" or re.match(r'\s*\[\s*["\]]', text):
         try:
             prompts = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{options.prompt_file} starts like a JSON list but is not one: {error}") from None
-        if not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"{options.prompt_file} is not valid JSON: {error}") from None
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"{options.prompt_file} must be a JSON list of strings")
     else:
-        prompts = [line for line in text.splitlines() if line.strip()]
+        prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{options.prompt_file} has no prompt: write one a line, or a JSON list of strings")
     return prompts
@@ -441,7 +458,8 @@ def complete(
     samples = []
     for begin in range(0, len(requests), options.batch_size):
         group = requests[begin : begin + options.batch_size]
-        answers = {request: Answer(request, tokenizer, options.stop) for request in group}
+        continues = not (options.chat or options.system is not None)
+        answers = {request: Answer(request, tokenizer, options.stop, continues=continues) for request in group}
         stream = len(group) == 1 and not options.json
         if stream:
             _print_head(begin, prompts, options)
@@ -474,7 +492,7 @@ def _print_head(index: int, prompts: list[str], options: Options) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Generate text with a decoder-only language model.")
+    parser = cli.Parser(description="Generate text with a decoder-only language model.")
     cli.add_options(parser, Options)
     cli.add_options(parser, SamplingParams, texts=SAMPLING_HELP)
     parsed = parser.parse_args(arguments)
@@ -482,8 +500,10 @@ def main(arguments: list[str]) -> None:
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     params = dataclasses.replace(cli.take_options(SamplingParams, parsed, skip=("seed",)), seed=seed)
     device, dtype = hardware.pick_device(options.device), hardware.DTYPES[options.dtype]
-    if options.compile:  # beside the models, where a reboot does not empty it
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
+    # Compiled code lies beside the models, where a reboot does not empty it.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
+    if options.profile:
+        options.profile.touch()  # fails now rather than after the work
 
     start = time.perf_counter()
     source = checkpoint.open_checkpoint(options.checkpoint)
@@ -496,16 +516,18 @@ def main(arguments: list[str]) -> None:
     requests, prompts = [], []
     if not options.interactive:
         for text in read_prompts(options):
-            chatting = options.chat or bool(system)
+            chatting = options.chat or bool(system)  # a system message needs a template to stand in
             message = {"role": "user", "content": text}
             prompt = tokenizer.chat([*system, message]) if chatting else tokenizer.encode(text)
-            check_prompt(prompt, limit)
+            check_prompt(prompt, limit, source.config.vocab_size)
             for sample_index in range(options.num_samples):
                 own = dataclasses.replace(params, seed=seed + sample_index)
                 new = min(options.max_new_tokens, limit - len(prompt))
                 requests.append(Request(prompt=prompt, params=own, max_new_tokens=new, stop_ids=stop_ids))
                 prompts.append(text)
         limit = options.max_seq_len or max(len(r.prompt) + r.max_new_tokens for r in requests)
+    elif options.max_seq_len is None:
+        limit = min(limit, CHAT_CONTEXT)
     model = checkpoint.load_model(source, device=device, dtype=dtype, progress=show_progress)
     load_s = time.perf_counter() - start
 

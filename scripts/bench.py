@@ -5,7 +5,6 @@
 Prompts are random tokens and nothing ends an answer early, so a run is the decoder alone: no tokenizer, no text.
 """
 
-import argparse
 import dataclasses
 import os
 import random
@@ -78,8 +77,8 @@ def measure(options: Options, params: SamplingParams) -> dict:
     }
     return {
         "checkpoint": options.checkpoint,
-        **{name: getattr(options, name) for name in ("prompt_len", "new_tokens", "batch", "repeats", "compile")},
         **runs[-1],
+        **{name: getattr(options, name) for name in ("prompt_len", "new_tokens", "batch", "repeats", "compile")},
         **median,
         "ms_per_token": 1e3 * options.batch / median["decode_tok_s"] if median["decode_tok_s"] else None,
         "prefill_tok_s": options.batch * options.prompt_len / median["ttft_s"],
@@ -88,14 +87,13 @@ def measure(options: Options, params: SamplingParams) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(prog="python -m scripts.bench", description=__doc__.split("\n\n")[0])
     cli.add_options(parser, Options)
     cli.add_options(parser, SamplingParams, texts=SAMPLING_HELP)
     parsed = parser.parse_args(arguments)
     options = cli.take_options(Options, parsed)
     params = cli.take_options(SamplingParams, parsed, skip=("seed",))
-    if options.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
     result = measure(options, params)
     if options.json:
         cli.print_json(result)

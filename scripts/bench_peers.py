@@ -7,7 +7,6 @@ Every engine is a process of its own that waits while another one runs, so that 
 that is not installed is left out. Figures are medians of tokens per second at batch 1 after a short prompt.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import statistics
@@ -178,7 +177,7 @@ def work(name: str, path: str, new: str, threads: str, ids: str) -> None:
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--worker"]:
         return work(*arguments[1:])
-    parser = argparse.ArgumentParser(prog="python -m scripts.bench_peers", description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(prog="python -m scripts.bench_peers", description=__doc__.split("\n\n")[0])
     cli.add_options(parser, Options)
     options = cli.take_options(Options, parser.parse_args(arguments))
     result = compare(options)

@@ -5,7 +5,6 @@
 Prints where the files lie. A later `generate.py --checkpoint CKPT` then needs no network.
 """
 
-import argparse
 import sys
 
 import cli
@@ -13,7 +12,7 @@ from checkpoint import DEFAULT_CHECKPOINT, locate
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.download", description=__doc__.partition("\n")[0])
+    parser = cli.Parser(prog="python -m scripts.download", description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", nargs="?", default=DEFAULT_CHECKPOINT, metavar="CKPT")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a path")
     options = parser.parse_args(arguments)

@@ -7,7 +7,6 @@ and predicts the same shifted by one, with no BOS put before. `score` is the one
 likelihood of an answer call it too. Statistics are fp32, and the logits of only a few positions exist at a time.
 """
 
-import argparse
 import importlib.util
 import math
 import os
@@ -291,7 +290,7 @@ def evaluate(options: Options) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.evaluate", description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(prog="python -m scripts.evaluate", description=__doc__.split("\n\n")[0])
     cli.add_options(parser, Options)
     options = cli.take_options(Options, parser.parse_args(arguments))
     if options.compile:

@@ -516,14 +516,12 @@ def test_an_unwritable_cache_is_named(refused, tmp_path, monkeypatch, tiny) -> N
         assert "set TACHYON_CACHE" in message
 
 
-@pytest.mark.xfail(strict=True, reason="the cache is first touched for the figures, after the answer")
 def test_an_unwritable_cache_is_found_before_the_answer(refused, tmp_path, monkeypatch, tiny) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TACHYON_CACHE", str(tmp_path / "file" / "cache"))
     refused(*tiny, "--prompt", "a", "--max-new-tokens", 3)
 
 
-@pytest.mark.xfail(strict=True, reason="torch's profiler logs the failure and raises nothing")
 def test_a_profile_that_cannot_be_written_is_an_error(refused, tiny, tmp_path) -> None:
     message = refused(*tiny, "--prompt", "a", "--max-new-tokens", 3, "--profile", tmp_path / "no" / "trace.json")
     assert str(tmp_path / "no") in message
@@ -587,7 +585,6 @@ def test_bench_prints_one_json_document(tiny_directory, capsys) -> None:
     assert "ms" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason="the figures' own new_tokens, over all rows, takes the option's place")
 def test_bench_repeats_its_options(tiny_directory, capsys) -> None:
     options = ["--checkpoint", str(tiny_directory), "--device", "cpu", "--prompt-len", "6", "--new-tokens", "5"]
     cli.run(bench.main, [*options, "--batch", "2", "--repeats", "1", "--json"])
