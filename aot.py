@@ -11,7 +11,9 @@ It is for one row and one token. Longer inputs and larger batches, where the mat
 import contextlib
 import hashlib
 import inspect
+import logging
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,11 +26,14 @@ import cache
 import model
 from hardware import device_name
 
+log = logging.getLogger("tachyon")
+
 
 def compile_for_cpu(transformer: model.Transformer, directory: Path) -> None:
     """Let `transformer` decode with compiled layers and head, whose libraries are kept in `directory`."""
     if isinstance(transformer.logits, _Head):
         return  # it does already
+    torch._dynamo.config.recompile_limit = 64  # where libraries do not load, all layers share one compiled function
     libraries: dict[tuple, _Library] = {}
     for index, layer in enumerate(transformer.layers):
         kind = ("layer", layer.attention.use_rope, repr(transformer.config))
@@ -44,13 +49,15 @@ class _Layer:
 
     def __init__(self, layer: model.Block, library: "_Library") -> None:
         self.eager, self.sliding, self.library = layer.forward, layer.attention.sliding, library
+        self.compiled = torch.compile(self.eager, dynamic=True)
         self.weights = list(layer.parameters())
 
     def __call__(self, x: Tensor, step: model.Step, kv: cache.StaticLayer) -> Tensor:
         mask = step.window_mask if self.sliding else step.mask
         if x.shape[:2] != (1, 1) or mask is None or mask.shape[-1] == 1:  # a dynamic size starts at 2
             return self.eager(x, step, kv)
-        return self.library([x, step.cos, step.sin, step.input_pos, mask, kv.k, kv.v, *self.weights])
+        y = self.library([x, step.cos, step.sin, step.input_pos, mask, kv.k, kv.v, *self.weights])
+        return self.compiled(x, step, kv) if y is None else y
 
 
 class _Head:
@@ -58,10 +65,14 @@ class _Head:
 
     def __init__(self, transformer: model.Transformer, library: "_Library") -> None:
         self.eager, self.library = transformer.logits, library
+        self.compiled = torch.compile(self.eager, dynamic=True)
         self.weights = [transformer.norm.weight, transformer.head.weight]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.library([x, *self.weights]) if x.shape[:-1] == (1, 1) else self.eager(x)
+        if x.shape[:-1] != (1, 1):
+            return self.eager(x)
+        y = self.library([x, *self.weights])
+        return self.compiled(x) if y is None else y
 
 
 class _LayerFunction(nn.Module):
@@ -105,18 +116,23 @@ class _HeadFunction(nn.Module):
 class _Library:
     """A function compiled at its first call, or loaded if some earlier process compiled the same."""
 
-    def __init__(self, kind: tuple, function: "_LayerFunction | _HeadFunction", directory: Path) -> None:
+    def __init__(self, kind: tuple, function: _LayerFunction | _HeadFunction, directory: Path) -> None:
         self.kind, self.function, self.directory = kind, function, directory
         self.run: Callable[[list[Tensor]], list[Tensor]] | None = None
+        self.works = True
 
-    def __call__(self, inputs: list[Tensor]) -> Tensor:
-        if self.run is None:
+    def __call__(self, inputs: list[Tensor]) -> Tensor | None:
+        """The function's result; None where this machine cannot run such a library."""
+        if self.run is None and self.works:
             self.run = self._load(inputs)
-        return self.run(list(inputs))[0]
+            self.works = self.run is not None
+        return self.run(list(inputs))[0] if self.works else None
 
-    def _load(self, inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+    def _load(self, inputs: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]] | None:
         path = self.directory / f"{self.kind[0]}-{self._key(inputs)}.pt2"
         if path.exists():
+            if path.stat().st_size == 0:
+                return None
             with contextlib.suppress(RuntimeError):  # damaged: it is made anew
                 return torch._inductor.aoti_load_package(str(path)).loader.boxed_run
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -126,8 +142,11 @@ class _Library:
             shapes = (self.function.dynamic_shapes(len(inputs)),)
             program = torch.export.export(self.function, (inputs,), dynamic_shapes=shapes, strict=False)
             torch._inductor.aoti_compile_and_package(program, package_path=str(part))
+        if not _loads(part):  # an empty file says so, and saves the next start from compiling in vain
+            log.warning("a library compiled ahead of time does not load here; torch.compile does its work, slower")
+            part.write_bytes(b"")
         part.replace(path)  # two processes may do the same work, neither sees half of it
-        return torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+        return torch._inductor.aoti_load_package(str(path)).loader.boxed_run if path.stat().st_size else None
 
     def _key(self, inputs: list[Tensor]) -> str:
         """Everything that the compiled code depends on: a stale library would compute another model."""
@@ -135,3 +154,9 @@ class _Library:
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _loads(path: Path) -> bool:
+    """Whether a library can be loaded: on some installations that crashes inside torch, so another process tries."""
+    load = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
+    return subprocess.run([sys.executable, "-c", load, str(path)], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,66 @@
+"""Libraries compiled ahead of time: made once, kept, remade when damaged, done without where they do not load."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import aot
+from generate import Generator, Request
+from model import Transformer
+from tests.conftest import tiny_model
+
+
+def tokens(model: Transformer) -> list[int]:
+    request = Request(prompt=[3, 1, 4, 1, 5], max_new_tokens=12)
+    for _ in Generator(model, max_seq_len=64).run([request]):
+        pass
+    return request.token_ids
+
+
+def compiled(directory: Path) -> Transformer:
+    model = tiny_model()
+    aot.compile_for_cpu(model, directory)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the libraries of the tiny model."""
+    directory = tmp_path_factory.mktemp("aot")
+    assert tokens(compiled(directory)) == tokens(tiny_model())
+    return directory
+
+
+def test_a_library_serves_all_layers_and_the_next_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["head", "layer"]
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("compiled again"))
+    assert tokens(compiled(folder)) == tokens(tiny_model())
+
+
+def test_a_damaged_library_is_made_anew(folder: Path) -> None:
+    head = next(folder.glob("head-*"))
+    head.write_bytes(head.read_bytes()[:1000])
+    assert tokens(compiled(folder)) == tokens(tiny_model())
+    assert head.stat().st_size > 1000
+
+
+def test_another_model_is_another_library(folder: Path) -> None:
+    inputs = [torch.zeros(1, 1, 48)] * 3
+    keys = {
+        aot._Library(("head", name), aot._HeadFunction(tiny_model()), folder)._key([x.to(dtype) for x in inputs])
+        for name in ("one config", "another")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert len(keys) == 4
+
+
+def test_a_library_that_does_not_load_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aot, "_loads", lambda path: False)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, package_path: None)
+    assert tokens(compiled(tmp_path)) == tokens(tiny_model())
+    assert "does not load here" in caplog.text
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("compiled again"))
+    assert tokens(compiled(tmp_path)) == tokens(tiny_model())
