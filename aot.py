@@ -5,7 +5,8 @@ torch.compile's guards and unpacking the module takes longer than a small model'
 library that takes nothing but tensors, so one serves every layer of a kind, a call costs microseconds, and the next
 start loads it from disk without compiling or even tracing.
 
-It is for one row and one token. Longer inputs and larger batches, where the matrices dominate, run as they are.
+It is for one row and one token. Longer inputs and larger batches, where the matrices dominate, run as they are. Where
+such a library cannot be loaded, torch.compile does its work.
 """
 
 import contextlib
@@ -135,6 +136,7 @@ class _Library:
                 return None
             with contextlib.suppress(RuntimeError):  # damaged: it is made anew
                 return torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+        log.info("compiling the %s for this CPU, once", self.kind[0])
         self.directory.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.pt2")
         with warnings.catch_warnings(), torch.no_grad():

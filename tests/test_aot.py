@@ -29,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds the libraries of the tiny model."""
     directory = tmp_path_factory.mktemp("aot")
     assert tokens(compiled(directory)) == tokens(tiny_model())
+    if any(path.stat().st_size == 0 for path in directory.iterdir()):
+        pytest.skip("torch's compiled libraries do not load on this installation")
     return directory
 
 
