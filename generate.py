@@ -444,6 +444,30 @@ def read_prompts(options: Options) -> list[str]:
     return prompts
 
 
+def make_requests(
+    options: Options,
+    source: checkpoint.Checkpoint,
+    system: list[dict],
+    params: SamplingParams,
+    stop_ids: frozenset[int],
+    limit: int,
+) -> tuple[list[Request], list[str]]:
+    """One request, and the text of its prompt, for each sample of each prompt."""
+    requests, prompts = [], []
+    for text in read_prompts(options):
+        if options.chat or system:  # a system message needs a template to stand in
+            prompt = source.tokenizer.chat([*system, {"role": "user", "content": text}])
+        else:
+            prompt = source.tokenizer.encode(text)
+        check_prompt(prompt, limit, source.config.vocab_size)
+        new = min(options.max_new_tokens, limit - len(prompt))
+        for index in range(options.num_samples):
+            own = dataclasses.replace(params, seed=params.seed + index)
+            requests.append(Request(prompt=prompt, params=own, max_new_tokens=new, stop_ids=stop_ids))
+            prompts.append(text)
+    return requests, prompts
+
+
 def show_progress(done: int, total: int) -> None:
     """Loading, as a line on a terminal."""
     if sys.stderr.isatty():
@@ -513,18 +537,10 @@ def main(arguments: list[str]) -> None:
     limit = options.max_seq_len or limit
     stop_ids = frozenset() if options.ignore_eos else frozenset(source.eos_ids)
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
-    requests, prompts = [], []
+    requests: list[Request] = []
+    prompts: list[str] = []
     if not options.interactive:
-        for text in read_prompts(options):
-            chatting = options.chat or bool(system)  # a system message needs a template to stand in
-            message = {"role": "user", "content": text}
-            prompt = tokenizer.chat([*system, message]) if chatting else tokenizer.encode(text)
-            check_prompt(prompt, limit, source.config.vocab_size)
-            for sample_index in range(options.num_samples):
-                own = dataclasses.replace(params, seed=seed + sample_index)
-                new = min(options.max_new_tokens, limit - len(prompt))
-                requests.append(Request(prompt=prompt, params=own, max_new_tokens=new, stop_ids=stop_ids))
-                prompts.append(text)
+        requests, prompts = make_requests(options, source, system, params, stop_ids, limit)
         limit = options.max_seq_len or max(len(r.prompt) + r.max_new_tokens for r in requests)
     elif options.max_seq_len is None:
         limit = min(limit, CHAT_CONTEXT)
