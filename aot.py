@@ -10,6 +10,7 @@ such a library cannot be loaded, torch.compile does its work.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import logging
@@ -34,7 +35,6 @@ def compile_for_cpu(transformer: model.Transformer, directory: Path) -> None:
     """Let `transformer` decode with compiled layers and head, whose libraries are kept in `directory`."""
     if isinstance(transformer.logits, _Head):
         return  # it does already
-    torch._dynamo.config.recompile_limit = 64  # where libraries do not load, all layers share one compiled function
     libraries: dict[tuple, _Library] = {}
     for index, layer in enumerate(transformer.layers):
         kind = ("layer", layer.attention.use_rope, repr(transformer.config))
@@ -50,8 +50,11 @@ class _Layer:
 
     def __init__(self, layer: model.Block, library: "_Library") -> None:
         self.eager, self.sliding, self.library = layer.forward, layer.attention.sliding, library
-        self.compiled = torch.compile(self.eager, dynamic=True)
         self.weights = list(layer.parameters())
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Tensor]:
+        return _torch_compile(self.eager)
 
     def __call__(self, x: Tensor, step: model.Step, kv: cache.StaticLayer) -> Tensor:
         mask = step.window_mask if self.sliding else step.mask
@@ -66,8 +69,11 @@ class _Head:
 
     def __init__(self, transformer: model.Transformer, library: "_Library") -> None:
         self.eager, self.library = transformer.logits, library
-        self.compiled = torch.compile(self.eager, dynamic=True)
         self.weights = [transformer.norm.weight, transformer.head.weight]
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Tensor]:
+        return _torch_compile(self.eager)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[:-1] != (1, 1):
@@ -156,6 +162,12 @@ class _Library:
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _torch_compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What serves where libraries do not load; importing torch's compiler takes a second that others need not pay."""
+    torch._dynamo.config.recompile_limit = 64  # all layers share one compiled function
+    return torch.compile(function, dynamic=True)
 
 
 def _loads(path: Path) -> bool:

@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +82,14 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+
+
+def read_text(path: Path) -> str:
+    """A file that the user named, as text; a byte order mark is no part of it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
 
 
 def print_json(document: Any) -> None:

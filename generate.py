@@ -10,6 +10,7 @@ prompts in, text, samples and figures out.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +77,6 @@ class Generator:
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # the newest of each row
         self.input_pos = torch.zeros_like(self.tokens)  # where they go
         self.compiled = compile
-        self.sample = torch.compile(sample) if compile else sample
         if compile:
             compile_model(model)
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
@@ -183,8 +183,12 @@ class Generator:
         input_pos.add_(1).clamp_(max=self.max_seq_len - 1)  # a finished row in a batch that goes on stays inside
         tokens[:, 0] = self._draw(self.model.logits(x)[:, 0], sampling, input_pos[:, 0])
 
+    @functools.cached_property
+    def sample(self) -> Callable[[Tensor, SamplingBatch, Tensor], Tensor]:
+        return torch.compile(sample)
+
     def _draw(self, logits: Tensor, sampling: SamplingBatch, position: Tensor) -> Tensor:
-        pick = sample if sampling.greedy else self.sample  # an argmax is not worth compiling
+        pick = self.sample if self.compiled and not sampling.greedy else sample  # an argmax is not worth compiling
         token = pick(logits, sampling, position)
         sampling.count(token)
         return token
@@ -251,6 +255,8 @@ def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> No
 
 def compile_model(model: Transformer) -> None:
     """Compile the model by regions: one layer's code serves all, so compiling takes seconds, whatever the depth."""
+    # Beside the models, where a reboot does not empty it.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
     if model.embed.weight.device.type == "cpu":
         return aot.compile_for_cpu(model, checkpoint.cache_dir() / "aot")
     if "begin" in vars(model):
@@ -426,10 +432,7 @@ def read_prompts(options: Options) -> list[str]:
         if not text.strip():
             raise ValueError("no prompt: give --prompt TEXT, --prompt-file FILE, --interactive, or standard input")
         return [text.removesuffix("\n")]
-    try:
-        text = options.prompt_file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{options.prompt_file} is not UTF-8 text") from None
+    text = cli.read_text(options.prompt_file)
     if options.prompt_file.suffix == ".json" or re.match(r'\s*\[\s*["\]]', text):
         try:
             prompts = json.loads(text)
@@ -524,10 +527,9 @@ def main(arguments: list[str]) -> None:
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     params = dataclasses.replace(cli.take_options(SamplingParams, parsed, skip=("seed",)), seed=seed)
     device, dtype = hardware.pick_device(options.device), hardware.DTYPES[options.dtype]
-    # Compiled code lies beside the models, where a reboot does not empty it.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
+    checkpoint.cache_dir()  # holds what the figures need: fails now rather than after the work
     if options.profile:
-        options.profile.touch()  # fails now rather than after the work
+        options.profile.touch()  # likewise
 
     start = time.perf_counter()
     source = checkpoint.open_checkpoint(options.checkpoint)

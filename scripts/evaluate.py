@@ -9,7 +9,6 @@ likelihood of an answer call it too. Statistics are fp32, and the logits of only
 
 import importlib.util
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -87,13 +86,6 @@ def score(generator: Generator, rows: Sequence[tuple[Sequence[int], int]]) -> li
             nll.index_add_(0, row[some], F.cross_entropy(logits, target, reduction="none").cpu().double())
             misses.index_add_(0, row[some], (logits.argmax(-1) != target).cpu().long())
     return [Score(n, m == 0) for n, m in zip(nll.tolist(), misses.tolist(), strict=True)]
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
 
 
 def windows_of(tokens: Sequence[int], *, context: int, windows: int | None) -> list[tuple[Sequence[int], int]]:
@@ -269,7 +261,7 @@ def evaluate(options: Options) -> dict:
         limit = source.config.max_seq_len
         if options.context > limit:
             raise ValueError(f"--context {options.context} is more than the {limit} that {source.name} holds")
-        tokens = source.tokenizer.encode(read_text(options.text), special=False)
+        tokens = source.tokenizer.encode(cli.read_text(options.text), special=False)
         rows = windows_of(tokens, context=options.context, windows=options.windows)
     dtype = hardware.DTYPES[options.dtype]
     model = checkpoint.load_model(source, device=device, dtype=dtype, progress=show_progress)
@@ -293,8 +285,6 @@ def main(arguments: list[str]) -> None:
     parser = cli.Parser(prog="python -m scripts.evaluate", description=__doc__.split("\n\n")[0])
     cli.add_options(parser, Options)
     options = cli.take_options(Options, parser.parse_args(arguments))
-    if options.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
     result = evaluate(options)
     if options.json:
         cli.print_json(result)
