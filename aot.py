@@ -10,6 +10,7 @@ such a library cannot be loaded, torch.compile does its work.
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 import cache
 import model
 from hardware import device_name
+from quant import linears
 
 log = logging.getLogger("tachyon")
 
@@ -36,13 +38,18 @@ def compile_for_cpu(transformer: model.Transformer, directory: Path) -> None:
     if isinstance(transformer.logits, _Head):
         return  # it does already
     libraries: dict[tuple, _Library] = {}
-    for index, layer in enumerate(transformer.layers):
-        kind = ("layer", layer.attention.use_rope, repr(transformer.config))
+    for layer in transformer.layers:
+        kind = ("layer", layer.attention.use_rope, repr(transformer.config), repr(layer))
         if kind not in libraries:
-            libraries[kind] = _Library(kind, _LayerFunction(transformer.config, index), directory)
+            libraries[kind] = _Library(kind, _LayerFunction(layer), directory)
         layer.forward = _Layer(layer, libraries[kind])
-    kind = ("head", repr(transformer.config))
+    kind = ("head", repr(transformer.config), repr(transformer.head))
     transformer.logits = _Head(transformer, _Library(kind, _HeadFunction(transformer), directory))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Everything that `module` holds and a library is handed, by name."""
+    return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 class _Layer:
@@ -50,7 +57,7 @@ class _Layer:
 
     def __init__(self, layer: model.Block, library: "_Library") -> None:
         self.eager, self.sliding, self.library = layer.forward, layer.attention.sliding, library
-        self.weights = list(layer.parameters())
+        self.weights = list(_tensors(layer).values())
 
     @functools.cached_property
     def compiled(self) -> Callable[..., Tensor]:
@@ -69,7 +76,7 @@ class _Head:
 
     def __init__(self, transformer: model.Transformer, library: "_Library") -> None:
         self.eager, self.library = transformer.logits, library
-        self.weights = [transformer.norm.weight, transformer.head.weight]
+        self.weights = list(_tensors(nn.Sequential(transformer.norm, transformer.head)).values())
 
     @functools.cached_property
     def compiled(self) -> Callable[..., Tensor]:
@@ -85,17 +92,17 @@ class _Head:
 class _LayerFunction(nn.Module):
     """A block as a function of tensors alone."""
 
-    def __init__(self, config: model.ModelConfig, index: int) -> None:
+    def __init__(self, layer: model.Block) -> None:
         super().__init__()
-        with torch.device("meta"):
-            block = model.Block(config, index)
-        self.block = [block]  # in a list: were it a submodule, its weights would be constants of the library
-        self.names = [name for name, _ in block.named_parameters()]
+        # A copy because `_Layer` will take the place of the layer's own forward; in a list because the weights of a
+        # submodule would be constants of the library.
+        self.block = [copy.copy(layer)]
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         x, cos, sin, input_pos, mask, k, v, *weights = inputs
         step, kv = model.Step(cos, sin, input_pos, mask, mask), cache.StaticLayer(k, v)
-        return torch.func.functional_call(self.block[0], dict(zip(self.names, weights, strict=True)), (x, step, kv))
+        (block,) = self.block
+        return torch.func.functional_call(block, dict(zip(_tensors(block), weights, strict=True)), (x, step, kv))
 
     @staticmethod
     def dynamic_shapes(count: int) -> list:
@@ -108,12 +115,12 @@ class _HeadFunction(nn.Module):
 
     def __init__(self, transformer: model.Transformer) -> None:
         super().__init__()
-        self.norm, self.head = [transformer.norm], [transformer.head]
+        self.final = [nn.Sequential(transformer.norm, transformer.head)]
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        x, norm, head = inputs
-        x = torch.func.functional_call(self.norm[0], {"weight": norm}, (x,))
-        return torch.func.functional_call(self.head[0], {"weight": head}, (x,))
+        x, *weights = inputs
+        (final,) = self.final
+        return torch.func.functional_call(final, dict(zip(_tensors(final), weights, strict=True)), (x,))
 
     @staticmethod
     def dynamic_shapes(count: int) -> list:
@@ -158,7 +165,7 @@ class _Library:
 
     def _key(self, inputs: list[Tensor]) -> str:
         """Everything that the compiled code depends on: a stale library would compute another model."""
-        sources = [inspect.getsource(module) for module in (model, cache, sys.modules[__name__])]
+        sources = [inspect.getsource(module) for module in (model, cache, linears, sys.modules[__name__])]
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -2,9 +2,9 @@
 
 `open_checkpoint` turns what the user wrote into a `Checkpoint`: the config, the end-of-sequence ids, and functions
 that give the tokenizer and the weights. Every source gives its weights as a stream of (Hugging Face name, tensor), so
-there is one loader: `load_model` copies each tensor into its rows of a fused parameter, allocated on the device, and
-the host never holds more than one tensor besides the model. `save_model` runs the same key map the other way. This
-file refuses pickles, guesses nothing from a name, and knows nothing of how the model is run.
+there is one loader: `load_model` puts each tensor into its rows of a fused parameter or a quantized linear, which lie
+on the device, and the host never holds more than one tensor besides the model. `save_model` runs the same key map the
+other way. This file refuses pickles, guesses nothing from a name, and knows nothing of how the model is run.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ import gguf_reader
 import hardware
 from hf_config import PRESETS, hf_config, read_config
 from model import ModelConfig, Transformer
+from quant.linears import RECIPES, QuantizedLinear, quantize_model
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 log = logging.getLogger("tachyon")
@@ -137,55 +138,96 @@ def key_map(model: Transformer) -> dict[str, Slot]:
     return slots
 
 
+class _Target(NamedTuple):
+    """Where the rows of one matrix go: a parameter, a quantized linear, or both for an embedding and its tied head."""
+
+    parameter: Tensor | None
+    linear: QuantizedLinear | None
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    quantize: str | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """The checkpoint's model on `device` with every weight in `dtype`, in eval mode and without gradients.
 
-    `progress(done, total)` is called in bytes of the loaded model. `seed` is for random checkpoints only.
+    `quantize` names a recipe of `quant.linears.RECIPES`: each tensor is rounded as it comes in, on the device, so the
+    unquantized model is never held. ValueError where a weight is NaN or infinite. `progress(done, total)` is called
+    in bytes of the weights in `dtype`. `seed` is for random checkpoints only.
     """
+    if quantize is not None and quantize not in RECIPES:
+        raise ValueError(f"unknown quantization {quantize!r}; there are {', '.join(RECIPES)}")
     device = torch.device(device)
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
     slots = key_map(model)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if quantize is not None:
+        quantize_model(model, RECIPES[quantize], dtype=dtype)
+    _allocate(model, device=device, dtype=dtype)
+    targets = {name: _target(model, name) for name in shapes}
     if checkpoint.random:
-        loaded = _random_weights(shapes, device=device, dtype=dtype, seed=seed)
+        loaded = _random_weights(shapes, targets, device=device, dtype=dtype, seed=seed)
     else:
-        loaded = _stream_weights(checkpoint, slots, shapes, device=device, dtype=dtype)
+        loaded = _stream_weights(checkpoint, slots, targets, device=device, dtype=dtype)
     total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
     done = 0
-    weights: dict[str, Tensor] = {}
-    for name, parameter, size in loaded:
-        weights[name] = parameter
-        done += size
+    for linear, start, rows in loaded:
+        if linear is not None:
+            linear.pack_rows(start, rows)
+        done += rows.nbytes
         if progress is not None:
             progress(done, total)
-    for name, parameter in weights.items():
-        module, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(module), kind, nn.Parameter(parameter, requires_grad=False))
-    if checkpoint.config.tied_head:
-        model.head.weight = model.embed.weight
-    model.rope_freqs = model.rope_freqs.to(device)
+    _check_scales({name: target.linear.scale for name, target in targets.items() if target.linear}, checkpoint, dtype)
     return model.eval()
+
+
+def _allocate(model: Transformer, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a meta-device model memory on `device`: parameters in `dtype`, what quantized linears hold in its own."""
+    arena = hardware.Arena(device)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        module, _, kind = name.rpartition(".")
+        if isinstance(tensor, nn.Parameter):
+            placed = nn.Parameter(arena.empty(tensor.shape, dtype), requires_grad=False)
+        else:
+            placed = arena.empty(tensor.shape, tensor.dtype) if tensor.is_meta else tensor.to(device)
+        setattr(model.get_submodule(module), kind, placed)
+    if _shares_head(model):
+        model.head.weight = model.embed.weight
+
+
+def _shares_head(model: Transformer) -> bool:
+    """Whether the head's matrix is the embedding itself: a tied head, unless it is quantized."""
+    return model.config.tied_head and not isinstance(model.head, QuantizedLinear)
+
+
+def _target(model: Transformer, name: str) -> _Target:
+    """Where the matrix goes that is called `name` in the unquantized model."""
+    path, _, kind = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, QuantizedLinear) and kind == "weight":
+        return _Target(None, module)
+    feeds_head = module is model.embed and model.config.tied_head and not _shares_head(model)
+    return _Target(getattr(module, kind), model.head if feeds_head else None)
 
 
 def _stream_weights(
     checkpoint: Checkpoint,
     slots: Mapping[str, Slot],
-    shapes: Mapping[str, torch.Size],
+    targets: Mapping[str, _Target],
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[tuple[str, Tensor, int]]:
-    """Copy each stored tensor into its rows; gives the parameter's name, the parameter and the bytes just filled."""
-    weights: dict[str, Tensor] = {}
-    arena = hardware.Arena(device)
+) -> Iterator[tuple[QuantizedLinear | None, int, Tensor]]:
+    """Copy each stored tensor to the device, into its parameter if it has one; gives what is yet to be packed.
+
+    That is the quantized linear, if any, the first row, and the rows in `dtype`.
+    """
     missing, left_over = dict(slots), []
     for name, tensor in checkpoint.tensors():
         slot = missing.pop(name, None)
@@ -200,14 +242,24 @@ def _stream_weights(
             )
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{checkpoint.name}: {name} is stored as {tensor.dtype}; only float weights are supported")
-        if slot.parameter not in weights:
-            weights[slot.parameter] = arena.empty(shapes[slot.parameter], dtype)
-        rows = slot.rows(weights[slot.parameter])
-        rows.copy_(tensor)
-        yield slot.parameter, weights[slot.parameter], rows.nbytes
+        parameter, linear = targets[slot.parameter]
+        yield linear, slot.start, tensor.to(device, dtype) if parameter is None else slot.rows(parameter).copy_(tensor)
     problems = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has unknown", left_over)) if names]
     if problems:
         raise ValueError(f"{checkpoint.name} does not match its config: it {' and '.join(problems)}")
+
+
+def _check_scales(scales: Mapping[str, Tensor], checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """A NaN or an infinity leaves a scale that is not finite: found here, with one wait for the device."""
+    if not scales:
+        return
+    finite = torch.stack([scale.isfinite().all() for scale in scales.values()]).tolist()
+    bad = [name for name, fine in zip(scales, finite, strict=True) if not fine]
+    if bad:
+        raise ValueError(
+            f"{checkpoint.name}: {_few(bad)} has NaN or infinity as {str(dtype).removeprefix('torch.')} and cannot be "
+            "quantized; take another dtype or another checkpoint"
+        )
 
 
 _TIED = ("lm_head.weight",)
@@ -219,16 +271,23 @@ def _few(names: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def _random_weights(
-    shapes: Mapping[str, torch.Size], *, device: torch.device, dtype: torch.dtype, seed: int
-) -> Iterator[tuple[str, Tensor, int]]:
-    generator, arena = torch.Generator(device).manual_seed(seed), hardware.Arena(device)
+    shapes: Mapping[str, torch.Size],
+    targets: Mapping[str, _Target],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> Iterator[tuple[QuantizedLinear | None, int, Tensor]]:
+    """As `_stream_weights` gives them, whole matrices drawn from N(0, 0.02^2); norms are ones."""
+    generator = torch.Generator(device).manual_seed(seed)
     for name, shape in shapes.items():
-        parameter = arena.empty(shape, dtype)
+        parameter, linear = targets[name]
+        drawn = torch.empty(shape, dtype=dtype, device=device) if parameter is None else parameter
         if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
+            drawn.fill_(1.0)
         else:
-            parameter.normal_(0.0, 0.02, generator=generator)
-        yield name, parameter, parameter.nbytes
+            drawn.normal_(0.0, 0.02, generator=generator)
+        yield linear, 0, drawn
 
 
 def save_model(
@@ -240,6 +299,8 @@ def save_model(
     max_shard_bytes: int = 4 << 30,
 ) -> None:
     """Write `model` as a Hugging Face directory that `transformers` loads; `directory` appears whole or not at all."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("saving quantized models is not supported; load the model unquantized to save it")
     directory = directory.expanduser().resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} already exists; choose another name or remove it")

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 import checkpoint
 import cli
 import hardware
-from generate import Answer, Generator, Request, show_progress
+from generate import Answer, Generator, Request, show_progress, weights_of
 from model import Transformer
+from quant.linears import RECIPES
 from sampling import SamplingParams
 from tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ class Options:
     batch: int = cli.option(1, "windows or examples in one forward")
     compile: bool = cli.option(False, "as for generate.py")
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
+    quantize: str | None = cli.option(None, "as for generate.py", choices=tuple(RECIPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     json: bool = cli.option(False, "print one JSON document")
 
@@ -264,11 +266,12 @@ def evaluate(options: Options) -> dict:
         tokens = source.tokenizer.encode(cli.read_text(options.text), special=False)
         rows = windows_of(tokens, context=options.context, windows=options.windows)
     dtype = hardware.DTYPES[options.dtype]
-    model = checkpoint.load_model(source, device=device, dtype=dtype, progress=show_progress)
+    model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress)
     hardware.synchronize(device)
     result = {
         "checkpoint": options.checkpoint,
         "dtype": options.dtype,
+        "quantize": options.quantize,
         "device": hardware.device_name(device),
         "batch": options.batch,
         "compile": options.compile,
@@ -289,7 +292,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         cli.print_json(result)
         return
-    print(f"{result['checkpoint']}, {result['dtype']} on {result['device']}")
+    print(f"{result['checkpoint']}, {weights_of(result)} on {result['device']}")
     if "perplexity" in result:
         per_byte = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
         print(f"perplexity     {result['perplexity']:9.4f} = {result['nll']:.5f} nats per token{per_byte}")

@@ -1,14 +1,17 @@
 """Libraries compiled ahead of time: made once, kept, remade when damaged, done without where they do not load."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import aot
+from checkpoint import load_model, open_checkpoint
 from generate import Generator, Request
+from hf_config import hf_config
 from model import Transformer
-from tests.conftest import tiny_model
+from tests.conftest import TINY, tiny_model
 
 
 def tokens(model: Transformer) -> list[int]:
@@ -45,6 +48,21 @@ def test_a_damaged_library_is_made_anew(folder: Path) -> None:
     head.write_bytes(head.read_bytes()[:1000])
     assert tokens(compiled(folder)) == tokens(tiny_model())
     assert head.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])  # alike but for how codes are read
+def test_quantized_layers_are_a_library_of_their_own(name: str, folder: Path) -> None:
+    def quantized() -> Transformer:
+        config = folder.parent / "config.json"
+        config.write_text(json.dumps(hf_config(TINY)))
+        source = open_checkpoint(f"random:{config}")
+        return load_model(source, device="cpu", dtype=torch.float32, quantize=name)
+
+    model = quantized()
+    before = set(folder.iterdir())
+    aot.compile_for_cpu(model, folder)
+    assert tokens(model) == tokens(quantized())
+    assert sorted(path.name.split("-")[0] for path in set(folder.iterdir()) - before) == ["head", "layer"]
 
 
 def test_another_model_is_another_library(folder: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 import zipfile
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,8 @@ import gguf_reader
 from cache import StaticCache
 from checkpoint import load_model, open_checkpoint, save_model
 from hf_config import PRESETS, hf_config, read_config
-from model import RopeScaling, Transformer, rope_frequencies
+from model import Linear, RopeScaling, Transformer, rope_frequencies
+from quant.linears import RECIPES, QuantizedLinear
 from scripts import download
 from tests.conftest import MODELS, PROMPT, run_transformers
 
@@ -204,6 +206,132 @@ def test_tokenizer_is_saved_and_found_again(tmp_path):
     again = open_checkpoint(str(tmp_path / "copy"))
     assert again.eos_ids == opened.eos_ids == (2,)
     assert again.tokenizer.encode("ab a") == opened.tokenizer.encode("ab a")
+
+
+# ---- Quantized while loading ---------------------------------------------------------------------------------------
+
+
+def load_quantized(spec: str | Path, name: str, dtype: torch.dtype = torch.float32, **options) -> Transformer:
+    return load_model(open_checkpoint(str(spec)), device="cpu", dtype=dtype, quantize=name, **options)
+
+
+def assert_packed_from(model: Transformer, plain: Transformer) -> None:
+    """Each linear of `model` is that of `plain`, rounded whole; everything else is the same."""
+    for path, module in model.named_modules():
+        original = plain.get_submodule(path)
+        if isinstance(module, QuantizedLinear):
+            whole = deepcopy(module)
+            whole.pack_rows(0, original.weight)
+            assert torch.equal(module.data, whole.data) and torch.equal(module.scale, whole.scale), path
+            assert (module.bias is None) == (original.bias is None)
+            assert module.bias is None or torch.equal(module.bias, original.bias)
+        else:
+            for name, tensor in module.named_parameters(recurse=False):
+                assert torch.equal(tensor, getattr(original, name)), (path, name)
+    assert not any(isinstance(module, Linear) for module in model.modules())
+    assert not any(p.requires_grad or p.is_meta for p in [*model.parameters(), *model.buffers()])
+
+
+@pytest.mark.parametrize("quantize", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantized_while_streaming_is_the_loaded_model_rounded(quantize, dtype, zoo):
+    for name in ("llama2", "llama3", "llama-bias"):  # in shards, with a tied head, with biases
+        model = load_quantized(zoo / name, quantize, dtype)
+        assert_packed_from(model, load(zoo / name, dtype))
+        assert not model.training
+        assert logits_of(model).isfinite().all()
+
+
+def test_int8_logits_are_close_and_int4_ones_less_so(zoo, reference):
+    errors = {
+        name: (logits_of(load_quantized(zoo / "qwen3", name)) - reference["qwen3"]).std() / reference["qwen3"].std()
+        for name in RECIPES
+    }
+    assert errors["int8"] < errors["fp8"] < errors["int4"] < 0.6
+    assert errors["int8"] < 0.05
+
+
+def test_a_quantized_tied_head_ignores_a_stored_one(copy):
+    directory = copy("llama3")
+    rewrite(directory, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 64)}))
+    assert_packed_from(load_quantized(directory, "int8"), load(directory))
+
+
+def test_quantized_random_weights_are_the_random_weights_rounded(zoo):
+    for name in ("llama3", "qwen3-bias"):
+        spec = f"random:{zoo / name}"
+        assert_packed_from(load_quantized(spec, "int4", torch.bfloat16), load(spec, torch.bfloat16))
+
+
+def test_quantized_gguf_is_the_loaded_model_rounded(tmp_path):
+    file = tiny_gguf(tmp_path / "x.gguf")
+    assert_packed_from(load_quantized(file, "int8"), load(file))
+
+
+def test_quantized_progress_ends_at_its_total(zoo):
+    for spec in (zoo / "llama3", f"random:{zoo / 'llama3'}"):
+        seen = []
+        load_quantized(spec, "int8", progress=lambda *args, seen=seen: seen.append(args))
+        assert seen[-1][0] == seen[-1][1] == sum(p.nbytes for p in load(spec).parameters())
+
+
+def test_quantizing_holds_one_stored_tensor_at_a_time(zoo):
+    opened, alive, most = open_checkpoint(str(zoo / "llama2")), [], 0
+
+    def watched():
+        nonlocal most
+        for name, tensor in opened.tensors():
+            alive.append(weakref.ref(tensor))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield name, tensor
+
+    load_model(replace(opened, tensors=watched), device="cpu", dtype=torch.float32, quantize="int8")
+    assert most <= 2
+
+
+def test_missing_left_over_and_misshapen_tensors_are_refused_when_quantizing(copy):
+    def change(tensors):
+        del tensors["model.layers.2.mlp.up_proj.weight"]
+        tensors["model.extra.weight"] = torch.zeros(2)
+
+    directory = copy()
+    rewrite(directory, change)
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.2\.mlp\.up_proj\.weight and has unknown model\.extra"):
+        load_quantized(directory, "int8")
+    edit(directory, intermediate_size=80)
+    with pytest.raises(ValueError, match=r"mlp\.\w+_proj\.weight has shape \[.*96.*\].*\[.*80.*\]"):
+        load_quantized(directory, "int8")
+
+
+@pytest.mark.parametrize("quantize", RECIPES)
+def test_weights_that_are_not_finite_are_refused_by_name(quantize, copy):
+    directory, name = copy(), "model.layers.1.mlp.down_proj.weight"
+    rewrite(directory, lambda tensors: tensors[name][5, 7].fill_(float("nan")))
+    with pytest.raises(ValueError, match=r"layers\.1\.ffn\.down\.weight has NaN or infinity as float32") as error:
+        load_quantized(directory, quantize)
+    one_line(error)
+
+
+def test_weights_that_overflow_in_the_models_dtype_are_refused_by_name(copy):
+    directory = copy()  # its head is tied
+    rewrite(directory, lambda tensors: tensors["model.embed_tokens.weight"][5, 7].fill_(1e5))
+    with pytest.raises(ValueError, match=r"embed\.weight has NaN or infinity as float16"):
+        load_quantized(directory, "int8", torch.float16)
+    load_quantized(directory, "int8", torch.bfloat16)
+
+
+def test_unknown_quantization_lists_what_there_is(zoo):
+    with pytest.raises(ValueError, match="unknown quantization 'int3'; there are int8, int4, fp8"):
+        load_quantized(zoo / "llama3", "int3")
+
+
+def test_a_quantized_model_is_not_saved(zoo, tmp_path):
+    with pytest.raises(ValueError, match="saving quantized models is not supported"):
+        save_model(load_quantized(zoo / "llama3", "int8"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Saving --------------------------------------------------------------------------------------------------------
 
 
 def test_save_that_fails_leaves_nothing(zoo, tmp_path, monkeypatch):

@@ -1,0 +1,29 @@
+"""A linear's matrix as the kernels read it. `quant/README.md` defines the packed layouts."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Weight(NamedTuple):
+    """A linear's matrix [N, K]."""
+
+    format: str  # "float" | "int8" | "int4" | "fp8"
+    data: Tensor  # float: [N, K]; int8 and fp8: int32 [N, K/4]; int4: int32 [N, K/8]
+    scale: Tensor | None = None  # int8, fp8: fp32 [N]; int4: [N, K/group] in the model's dtype
+    zero: Tensor | None = None  # int4 asymmetric only: [N, K/group], in steps: the code that means 0
+    bias: Tensor | None = None  # [N]
+    group: int = 0  # int4: how many neighbours along K share a scale: 32, 64 or 128
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)"""
+        N, words = self.data.shape
+        return N, words * PER_WORD[self.format]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self[1:5] if t is not None)
+
+
+PER_WORD = {"float": 1, "int8": 4, "fp8": 4, "int4": 8}
