@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # the kernels' own code runs on the CPU; read when a kernel is defined, so set first
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import hardware
 from cache import StaticCache
 from checkpoint import save_model

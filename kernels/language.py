@@ -1,0 +1,20 @@
+"""Triton, or what stands in its place where torch came without it: then the kernels cannot run, but their twins can."""
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    triton = None
+
+    class tl:
+        """Stands for `triton.language` in the kernels' annotations."""
+
+        constexpr = None
+
+    def jit(function):
+        return function
+
+
+__all__ = ["jit", "tl", "triton"]
