@@ -11,6 +11,7 @@ prompts in, text, samples and figures out.
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,8 +35,12 @@ import cli
 import hardware
 from cache import StaticCache
 from model import Transformer
+from quant.linears import RECIPES
 from sampling import SamplingBatch, SamplingParams, sample
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from kernels.decoder import Decoder
 
 
 @dataclass(kw_only=True, eq=False)
@@ -77,16 +83,18 @@ class Generator:
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # the newest of each row
         self.input_pos = torch.zeros_like(self.tokens)  # where they go
         self.compiled = compile
-        if compile:
-            compile_model(model)
+        self.decoder = compile_model(model, self.cache) if compile else model
+        self.fused = self.decoder is not model
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.samplings: dict[tuple, SamplingBatch] = {}
 
     def step_bytes(self, length: int, rows: int = 1) -> int:
         """Bytes a decode step has to read: each weight once, and the live cache."""
-        embed = 0 if self.model.config.tied_head else self.model.embed.weight.nbytes
-        return sum(p.nbytes for p in self.model.parameters()) - embed + self.cache.narrow(length, rows=rows).nbytes
+        weights = self.model.state_dict()
+        # Of the embedding it reads a row. Where that is the head as well, it stays in the list by its other name.
+        del weights["embed.weight"]
+        return sum(w.nbytes for w in weights.values()) + self.cache.narrow(length, rows=rows).nbytes
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request]) -> Iterator[Request]:
@@ -137,10 +145,10 @@ class Generator:
             end = min(begin + chunk, T)
             input_pos = torch.arange(begin, end, device=self.device).expand(B, -1)  # [B, T]
             view = self.cache.narrow(end, rows=B, tail=end - begin > 1)
-            hidden = self.model.hidden(padded[:, begin:end], input_pos, view)  # [B, T, C]
+            hidden = self.decoder.hidden(padded[:, begin:end], input_pos, view)  # [B, T, C]
             here = hidden[rows, (last - begin).clamp(0, end - begin - 1)]  # [B, C]
             x = here if x is None else torch.where((last >= begin)[:, None], here, x)
-        self.tokens[:B, 0] = self._draw(self.model.logits(x), sampling, last + 1)
+        self.tokens[:B, 0] = self._draw(self.decoder.logits(x), sampling, last + 1)
         self.input_pos[:B, 0] = last + 1
 
     def decode(self, length: int, sampling: SamplingBatch) -> None:
@@ -179,9 +187,11 @@ class Generator:
     def _step(self, length: int, sampling: SamplingBatch) -> None:
         B = len(sampling)
         tokens, input_pos = self.tokens[:B], self.input_pos[:B]
-        x = self.model.hidden(tokens, input_pos, self.cache.narrow(length, rows=B))
+        x = self.decoder.hidden(tokens, input_pos, self.cache.narrow(length, rows=B))
+        if self.fused and sampling.argmax:
+            return self.decoder.greedy(x, tokens, input_pos, self.max_seq_len - 1)
         input_pos.add_(1).clamp_(max=self.max_seq_len - 1)  # a finished row in a batch that goes on stays inside
-        tokens[:, 0] = self._draw(self.model.logits(x)[:, 0], sampling, input_pos[:, 0])
+        tokens[:, 0] = self._draw(self.decoder.logits(x)[:, 0], sampling, input_pos[:, 0])
 
     @functools.cached_property
     def sample(self) -> Callable[[Tensor, SamplingBatch, Tensor], Tensor]:
@@ -195,6 +205,8 @@ class Generator:
 
     def _bucket(self, length: int) -> int:
         """The cache length that attention reads: a few sizes per octave, so that few graphs serve all lengths."""
+        if self.fused:
+            return self.decoder.bucket(length)
         granule = max(256 if self.graph_pool else 64, 1 << max(0, (length - 1).bit_length() - 3))
         return min(-(-length // granule) * granule, self.cache.max_seq_len)
 
@@ -253,20 +265,30 @@ def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> No
         )
 
 
-def compile_model(model: Transformer) -> None:
-    """Compile the model by regions: one layer's code serves all, so compiling takes seconds, whatever the depth."""
-    # Beside the models, where a reboot does not empty it.
+def compile_model(model: Transformer, cache: StaticCache) -> "Transformer | Decoder":
+    """What runs the model fast over caches like `cache`: our kernels where there is Triton, else the model, compiled.
+
+    Compiled by regions: one layer's code serves all, so compiling takes seconds, whatever the depth.
+    """
+    # Beside the models, where a reboot does not empty them.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
-    if model.embed.weight.device.type == "cpu":
-        return aot.compile_for_cpu(model, checkpoint.cache_dir() / "aot")
-    if "begin" in vars(model):
-        return  # it is already
-    # All layers run the same code: each of its uses (a prompt, a token, one row, several) in each kind of layer counts.
-    torch._dynamo.config.recompile_limit = 64
-    for layer in model.layers:
-        layer.compile(fullgraph=True, dynamic=True)
-    model.begin = torch.compile(model.begin, fullgraph=True, dynamic=True)
-    model.logits = torch.compile(model.logits, fullgraph=True, dynamic=True)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(checkpoint.cache_dir() / "triton"))
+    device = model.embed.weight.device
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from kernels.decoder import Decoder
+
+        return Decoder(model, max_seq_len=cache.max_seq_len, batch_size=len(cache.layers[0].k))
+    if device.type == "cpu":
+        aot.compile_for_cpu(model, checkpoint.cache_dir() / "aot")
+    elif "begin" not in vars(model):  # else it is already
+        # All layers run the same code: each of its uses (a prompt, a token, one row, several) in each kind of layer
+        # counts.
+        torch._dynamo.config.recompile_limit = 64
+        for layer in model.layers:
+            layer.compile(fullgraph=True, dynamic=True)
+        model.begin = torch.compile(model.begin, fullgraph=True, dynamic=True)
+        model.logits = torch.compile(model.logits, fullgraph=True, dynamic=True)
+    return model
 
 
 class Answer:
@@ -332,7 +354,7 @@ class Meter:
                 self.decode_tokens += max(sum(tokens) - len(tokens), 0)
                 self.decode_bytes += steps * self.generator.step_bytes(live, len(requests))
 
-    def stats(self, *, load_s: float, compile_s: float) -> dict:
+    def stats(self, *, load_s: float, compile_s: float, quantize: str | None = None) -> dict:
         device = self.generator.device
         bandwidth = hardware.read_bandwidth(device, checkpoint.cache_dir())
         per_s = self.decode_bytes / self.decode_s if self.decode_s else 0.0
@@ -349,6 +371,7 @@ class Meter:
             "peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9,
             "device": hardware.device_name(device),
             "dtype": str(self.generator.cache.layers[0].k.dtype).removeprefix("torch."),
+            "quantize": quantize,
         }
 
 
@@ -360,8 +383,13 @@ def describe(stats: dict) -> str:
         f"{stats['decode_tok_s']:.1f} tok/s, {stats['decode_gbs']:.1f} GB/s = {stats['bandwidth_fraction']:.0%} of the "
         f"{stats['read_gbs']:.1f} GB/s that this device reads; load {stats['load_s']:.1f} s, compile "
         f"{stats['compile_s']:.1f} s, peak memory {stats['peak_memory_gb']:.2f} GB; "
-        f"{stats['dtype']} on {stats['device']}"
+        f"{weights_of(stats)} on {stats['device']}"
     )
+
+
+def weights_of(stats: dict) -> str:
+    """What the weights are, for people."""
+    return f"{stats['quantize']} weights, else {stats['dtype']}" if stats["quantize"] else stats["dtype"]
 
 
 CHAT_CONTEXT = 16384  # a cache of the whole context of a model made for 128k may not fit beside it
@@ -389,6 +417,9 @@ class Options:
     batch_size: int = cli.option(1, "how many answers are decoded together")
     seed: int | None = cli.option(None, "makes sampling repeatable (default: a new one each time)")
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
+    quantize: str | None = cli.option(
+        None, "round the weights to int8, int4 or fp8 while loading", choices=tuple(RECIPES)
+    )
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     max_seq_len: int | None = cli.option(
         None, f"context, answer included (default: what the prompts need; in a chat, {CHAT_CONTEXT} at most)"
@@ -546,7 +577,7 @@ def main(arguments: list[str]) -> None:
         limit = options.max_seq_len or max(len(r.prompt) + r.max_new_tokens for r in requests)
     elif options.max_seq_len is None:
         limit = min(limit, CHAT_CONTEXT)
-    model = checkpoint.load_model(source, device=device, dtype=dtype, progress=show_progress)
+    model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress)
     load_s = time.perf_counter() - start
 
     batch_size = min(options.batch_size, len(requests)) if requests else 1
@@ -556,6 +587,7 @@ def main(arguments: list[str]) -> None:
         generator.warm_up(requests[:batch_size] or [Request(prompt=[0, 0], params=params, max_new_tokens=256)])
     compile_s = time.perf_counter() - start
     meter = Meter(generator)
+    figures = functools.partial(meter.stats, load_s=load_s, compile_s=compile_s, quantize=options.quantize)
     if options.interactive:
 
         def answer(prompt: list[int]) -> Iterator[str]:
@@ -565,13 +597,13 @@ def main(arguments: list[str]) -> None:
             for _ in meter.run([request]):
                 yield text.update()
 
-        chat.repl(tokenizer.chat, answer, system, lambda: describe(meter.stats(load_s=load_s, compile_s=compile_s)))
+        chat.repl(tokenizer.chat, answer, system, lambda: describe(figures()))
         return
     with torch.profiler.profile() if options.profile else contextlib.nullcontext() as profiler:
         samples = complete(meter, requests, prompts, tokenizer, options)
     if profiler is not None:
         profiler.export_chrome_trace(str(options.profile))
-    stats = meter.stats(load_s=load_s, compile_s=compile_s)
+    stats = figures()
     if options.json:
         cli.print_json({"samples": samples, "stats": stats})
     else:

@@ -81,6 +81,11 @@ class SamplingBatch:
         return self.temperature.shape[0]
 
     @property
+    def argmax(self) -> bool:
+        """Whether every row just takes its largest logit."""
+        return self.greedy and not self.penalizes
+
+    @property
     def kind(self) -> tuple[bool, int, bool]:
         """Batches of one kind run the same operations, so they can share a compiled step or a CUDA graph."""
         return self.greedy, self.candidates, self.penalizes

@@ -3,6 +3,7 @@
     python -m scripts.bench --checkpoint random:llama-3.1-8b --prompt-len 32 --new-tokens 256 --compile --json
 
 Prompts are random tokens and nothing ends an answer early, so a run is the decoder alone: no tokenizer, no text.
+`--roofline` then takes a decode step apart, kernel by kernel: it is how to find the next percent.
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 import checkpoint
 import cli
 import hardware
-from generate import SAMPLING_HELP, Generator, Meter, Request
+from generate import SAMPLING_HELP, Generator, Meter, Request, weights_of
+from quant.linears import RECIPES
 from sampling import SamplingParams
+from scripts import roofline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,11 @@ class Options:
     repeats: int = cli.option(5, "runs that the medians are over")
     compile: bool = cli.option(False, "as for generate.py")
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
+    quantize: str | None = cli.option(None, "as for generate.py", choices=tuple(RECIPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
+    roofline: bool = cli.option(
+        False, "also time each kernel of a decode step against the device's read bandwidth; needs CUDA and --compile"
+    )
     json: bool = cli.option(False, "print one JSON document")
 
     def __post_init__(self) -> None:
@@ -39,9 +46,12 @@ class Options:
 
 def measure(options: Options, params: SamplingParams) -> dict:
     device = hardware.pick_device(options.device)
+    if options.roofline:
+        roofline.check(device, compile=options.compile)
     start = time.perf_counter()
     source = checkpoint.open_checkpoint(options.checkpoint)
-    model = checkpoint.load_model(source, device=device, dtype=hardware.DTYPES[options.dtype])
+    dtype = hardware.DTYPES[options.dtype]
+    model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize)
     hardware.synchronize(device)
     load_s = time.perf_counter() - start
     length = options.prompt_len + options.new_tokens
@@ -69,12 +79,12 @@ def measure(options: Options, params: SamplingParams) -> dict:
         for _ in meter.run(requests()):
             first_token_s = first_token_s or hardware.process_age()
         generator.cached = []  # every run prefills its whole prompt
-        runs.append(meter.stats(load_s=load_s, compile_s=compile_s))
+        runs.append(meter.stats(load_s=load_s, compile_s=compile_s, quantize=options.quantize))
     median = {
         name: statistics.median(run[name] for run in runs[1:])
         for name in ("ttft_s", "decode_tok_s", "decode_gbs", "bandwidth_fraction")
     }
-    return {
+    result = {
         "checkpoint": options.checkpoint,
         **runs[-1],
         **{name: getattr(options, name) for name in ("prompt_len", "new_tokens", "batch", "repeats", "compile")},
@@ -83,6 +93,10 @@ def measure(options: Options, params: SamplingParams) -> dict:
         "prefill_tok_s": options.batch * options.prompt_len / median["ttft_s"],
         "first_token_after_start_s": first_token_s,
     }
+    if options.roofline:
+        middle = options.prompt_len + options.new_tokens // 2
+        result["roofline"] = roofline.trace(generator, requests(), middle)
+    return result
 
 
 def main(arguments: list[str]) -> None:
@@ -97,7 +111,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         cli.print_json(result)
         return
-    print(f"{result['checkpoint']}, {result['dtype']} on {result['device']}, batch {result['batch']}")
+    print(f"{result['checkpoint']}, {weights_of(result)} on {result['device']}, batch {result['batch']}")
     print(f"first token    {result['ttft_s'] * 1e3:9.1f} ms for {result['prompt_len']} tokens")
     if result["ms_per_token"]:
         print(f"each token     {result['ms_per_token']:9.3f} ms = {result['decode_tok_s']:.1f} tok/s over all rows")
@@ -111,6 +125,8 @@ def main(arguments: list[str]) -> None:
             f"(load {result['load_s']:.1f}, compile {result['compile_s']:.1f})"
         )
     print(f"peak memory    {result['peak_memory_gb']:9.2f} GB")
+    if options.roofline:
+        print("", roofline.show(result["roofline"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import generate
 from checkpoint import open_checkpoint
-from scripts import bench, download
+from scripts import bench, download, evaluate
 from tests.test_checkpoint import tiny_gguf
 
 ROOT = Path(generate.__file__).parent
@@ -38,6 +38,7 @@ STATS = {
     "peak_memory_gb",
     "device",
     "dtype",
+    "quantize",
 }
 
 
@@ -127,6 +128,7 @@ def test_json_is_one_document_with_everything_in_it(tiny, run, capsys) -> None:
     assert (sample["prompt_tokens"], len(sample["token_ids"]), sample["finish_reason"]) == (2, 12, "length")
     assert document["stats"].keys() >= STATS
     assert document["stats"]["dtype"] == "float32"
+    assert document["stats"]["quantize"] is None
     assert capsys.readouterr().err == ""
     text = run(*tiny, "--prompt", "The quick", "--max-new-tokens", 12)
     assert text == sample["text"] + "\n"
@@ -233,6 +235,17 @@ def test_compile_gives_the_same_text(tiny, run) -> None:
     done = generate_py(*options, "--compile")
     assert done.returncode == 0, done.stderr
     assert done.stdout == run(*options)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+def test_quantize_rounds_the_weights_and_says_so(quantize, tiny, run, capsys) -> None:
+    options = (*tiny, "--prompt", "The quick brown", "--max-new-tokens", 6, "--quantize", quantize)
+    document = json.loads(run(*options, "--json"))
+    assert document["stats"]["quantize"] == quantize
+    assert document["stats"]["dtype"] == "float32"
+    assert len(document["samples"][0]["token_ids"]) == 6
+    cli.run(generate.main, list(map(str, options)))
+    assert f"; {quantize} weights, else float32 on" in capsys.readouterr().err
 
 
 # ---- Signals and pipes ----------------------------------------------------------------------------------------------
@@ -491,6 +504,7 @@ def test_prompts_that_are_empty(refused, tiny, tmp_path, monkeypatch) -> None:
         (("--prompt-file", "x"), ("--prompt or --prompt-file, not both",)),
         (("--interactive",), ("--interactive", "leave out --prompt")),
         (("--device", "warp"), ("'warp'", "cpu, cuda, cuda:N or mps")),
+        (("--quantize", "int3"), ("--quantize", "'int3'", "int8", "int4", "fp8")),
     ],
 )
 def test_options_out_of_range(refused, tiny, options, words) -> None:
@@ -598,6 +612,21 @@ def test_bench_runs_as_a_module_on_random_weights(tiny_directory) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["decode_tok_s"] > 0
+
+
+def test_bench_and_evaluate_quantize_as_generate_does(tiny_directory, capsys, tmp_path) -> None:
+    options = ["--checkpoint", str(tiny_directory), "--device", "cpu", "--quantize", "int8"]
+    cli.run(bench.main, [*options, "--new-tokens", "3", "--repeats", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["quantize"] == "int8"
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    results = []
+    for more in ([], ["--quantize", "int8"]):
+        cli.run(evaluate.main, [*options[:4], *more, "--text", "text", "--context", "32", "--windows", "1", "--json"])
+        results.append(json.loads(capsys.readouterr().out))
+    assert [result["quantize"] for result in results] == [None, "int8"]
+    assert results[0]["nll"] != results[1]["nll"] == pytest.approx(results[0]["nll"], rel=0.05)
+    cli.run(bench.main, [*options, "--new-tokens", "3", "--repeats", "1"])
+    assert "int8 weights, else bfloat16 on" in capsys.readouterr().out
 
 
 def test_bench_refuses_what_does_not_fit(refused, tiny_directory) -> None:

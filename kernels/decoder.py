@@ -1,0 +1,135 @@
+"""A Transformer run through the kernels: what `Generator` steps on CUDA.
+
+`Decoder` takes the modules of a `model.Transformer` as they are, weights included, and computes the same function in
+fewer launches. One token a row takes five a layer:
+
+    norm + q/k/v | norms, rotary embedding, cache write, attention | output projection + residual
+    norm + gate/up + SiLU product | down projection + residual
+
+Longer inputs run the same matrices by cuBLAS and the cache's own attention, with the elementwise work between them
+fused. Nothing is compiled but the kernels, which Triton keeps on disk, and nothing depends on a prompt's length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cache import StaticCache
+from kernels import attention, elementwise, linear, tuning
+from kernels.attention import Heads
+from kernels.weight import Weight
+from model import Block, Transformer
+
+
+class Decoder:
+    """Runs `model` over up to `batch_size` rows of caches of `max_seq_len` slots."""
+
+    def __init__(self, model: Transformer, *, max_seq_len: int, batch_size: int) -> None:
+        self.model, self.max_seq_len = model, max_seq_len
+        device = model.embed.weight.device
+        angle = torch.arange(max_seq_len, device=device)[:, None].float() * model.rope_freqs  # [S, D/2]
+        self.cos, self.sin = angle.cos(), angle.sin()
+        self.layers = [_Layer(layer, model) for layer in model.layers]
+        self.head = weight_of(model.head)
+        self.best = torch.full((batch_size,), linear.NOTHING, dtype=torch.int64, device=device)
+        self.scratch = attention.Scratch(batch=batch_size, heads=self.layers[0].heads, device=device)
+
+    def bucket(self, length: int) -> int:
+        """The cache length to show to a step: kernels end where the cache is live, but plan by what they are shown."""
+        return min(tuning.SHORT if length <= tuning.SHORT else self.max_seq_len, self.max_seq_len)
+
+    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
+        """The last layer's output [B, T, C] for tokens [B, T] at positions input_pos [B, T]; writes the cache."""
+        B, T = tokens.shape
+        x = self.model.embed(tokens).view(B * T, -1)  # [B * T, C]
+        if T == 1:
+            for layer, kv in zip(self.layers, cache.layers, strict=True):
+                qkv = linear.linear(x, layer.qkv, norm=layer.attention_norm, eps=layer.eps)
+                y = attention.decode_attention(
+                    qkv, self.cos, self.sin, input_pos, kv.k, kv.v, layer.heads, self.scratch
+                )
+                x = linear.linear(y, layer.o, residual=x)
+                h = linear.linear(x, layer.gate_up, norm=layer.ffn_norm, eps=layer.eps, glu=True)
+                x = linear.linear(h, layer.down, residual=x)
+        else:
+            x = self._prefill(x, input_pos, cache)
+        return x.view(B, T, -1)
+
+    def _prefill(self, x: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
+        B, T = input_pos.shape
+        mask, window_mask = cache.masks(input_pos, self.model.config.sliding_window)
+        cos, sin = self.cos[input_pos.reshape(-1)], self.sin[input_pos.reshape(-1)]  # [B * T, D/2]
+        for layer, kv in zip(self.layers, cache.layers, strict=True):
+            heads = layer.heads
+            q = elementwise.rope_write(
+                linear.linear(x, layer.qkv, norm=layer.attention_norm, eps=layer.eps),
+                cos,
+                sin,
+                n_heads=heads.n_heads,
+                n_kv_heads=heads.n_kv_heads,
+                head_dim=heads.head_dim,
+                q_norm=heads.q_norm,
+                k_norm=heads.k_norm,
+                eps=heads.eps,
+                use_rope=heads.use_rope,
+                k_cache=kv.k,
+                v_cache=kv.v,
+                input_pos=input_pos,
+            )
+            y = kv.attend(q.view(B, T, heads.n_heads, heads.head_dim), window_mask if heads.window else mask)
+            x = linear.linear(y.reshape(B * T, -1), layer.o, residual=x)
+            h = linear.linear(x, layer.gate_up, norm=layer.ffn_norm, eps=layer.eps, glu=True)
+            x = linear.linear(h, layer.down, residual=x)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [..., V], fp32, from the last layer's output [..., C]."""
+        norm = self.model.norm
+        y = linear.linear(
+            x.reshape(-1, x.shape[-1]), self.head, norm=norm.weight, eps=norm.eps, out_dtype=torch.float32
+        )
+        return y.view(*x.shape[:-1], -1)
+
+    def greedy(self, x: Tensor, tokens: Tensor, input_pos: Tensor, last_pos: int) -> None:
+        """End a step: from x [B, 1, C], the most likely tokens [B, 1] and the positions [B, 1] that they go to.
+
+        No position goes past `last_pos`: a finished row in a batch that goes on stays inside the cache.
+        """
+        best, norm = self.best[: len(x)], self.model.norm
+        linear.argmax(x.view(len(x), -1), self.head, best, norm=norm.weight, eps=norm.eps)
+        linear.take_best(best, tokens, input_pos, last_pos)
+
+
+class _Layer:
+    """A block's weights, as the kernels take them."""
+
+    def __init__(self, layer: Block, model: Transformer) -> None:
+        attend, ffn = layer.attention, layer.ffn
+        self.attention_norm, self.ffn_norm = layer.attention_norm.weight, layer.ffn_norm.weight
+        self.eps = layer.attention_norm.eps
+        self.qkv, self.o = weight_of(attend.qkv), weight_of(attend.o)
+        self.gate_up, self.down = weight_of(ffn.gate_up), weight_of(ffn.down)
+        self.heads = Heads(
+            n_heads=attend.n_heads,
+            n_kv_heads=attend.n_kv_heads,
+            head_dim=attend.head_dim,
+            q_norm=None if attend.q_norm is None else attend.q_norm.weight,
+            k_norm=None if attend.k_norm is None else attend.k_norm.weight,
+            eps=self.eps,
+            use_rope=attend.use_rope,
+            window=model.config.sliding_window if attend.sliding else 0,
+        )
+
+
+def weight_of(module: nn.Module) -> Weight:
+    """A linear's matrix as the kernels take it: a quantized one brings its own."""
+    if isinstance(module, nn.Linear):
+        return Weight("float", module.weight, bias=module.bias)
+    return module.packed
+
+
+def matrices(decoder: Decoder) -> Sequence[Weight]:
+    """Every matrix of a step, in the order it is read."""
+    layers = [w for layer in decoder.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return [*layers, decoder.head]

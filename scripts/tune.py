@@ -1,0 +1,283 @@
+"""Find the best plan of each matrix of a model on this GPU, and keep it in kernels/tuned.json.
+
+    python -m scripts.tune --checkpoint random:llama-3.1-8b --formats bfloat16,int8,int4,fp8 --rows 1,16
+
+Weights are rotated through more memory than any cache holds, launches are captured in a graph as in a decode step,
+and processes compile the candidates beforehand. A later start takes the plans from the table and tunes nothing.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+import checkpoint
+import cli
+import hardware
+from generate import Generator, Request
+from kernels import linear, tuning
+from kernels.tuning import Plan
+from kernels.weight import Weight
+from model import ModelConfig, Transformer
+
+
+class Case(NamedTuple):
+    """One matrix of a model, and with how many rows of activations it is used."""
+
+    format: str
+    mode: str
+    N: int  # outputs: of each half for "glu"
+    K: int
+    rows: int
+
+    @property
+    def nbytes(self) -> int:
+        bits = {"float": 16, "int8": 8, "fp8": 8, "int4": 4.125}[self.format]
+        return int(self.N * self.K * (2 if self.mode == "glu" else 1) * bits / 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py; only its config is read")
+    formats: str = cli.option(
+        "float", "of float, int8, int4, fp8 and attention, separated by commas; int4 has groups of 128"
+    )
+    rows: str = cli.option("1", "how many rows of activations, separated by commas")
+    jobs: int = cli.option(min(8, os.cpu_count() or 1), "processes that compile")
+    dry_run: bool = cli.option(False, "leave kernels/tuned.json as it is")
+    json: bool = cli.option(False, "print one JSON document")
+
+
+def cases(config: ModelConfig, formats: list[str], rows: list[int]) -> Iterator[Case]:
+    qkv = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    shapes = [
+        ("store", qkv, config.dim),
+        ("add", config.dim, config.n_heads * config.head_dim),
+        ("glu", config.ffn_dim, config.dim),
+        ("add", config.dim, config.ffn_dim),
+        ("argmax", config.vocab_size, config.dim),
+    ]
+    for format, count, (mode, N, K) in itertools.product(formats, rows, shapes):
+        if mode == "argmax" and format == "int4":
+            format = "int8"  # a head has 8 bits at least
+        yield Case(format, mode, N, K, count)
+
+
+def candidates(case: Case) -> list[Plan]:
+    """The plans worth a try: some 16 to 128 bytes of weights a thread and block."""
+    bits = {"float": 16, "int8": 8, "fp8": 8, "int4": 4}[case.format]
+    halves = 2 if case.mode == "glu" else 1
+    reach = 1 << (case.K - 1).bit_length()  # the power of two that holds a row
+    small = case.N * case.K < 1 << 23
+    plans = []
+    if case.rows == 1 and case.format == "float":
+        for BN, BK, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096, 8192), (1, 2, 4, 8)):
+            block = BN * BK * halves * bits // 8
+            if reach >= BK and (2048 if small else 4096) <= block <= 32768 and 32 <= block / (32 * warps) <= 128:
+                plans.append(Plan(BN, BK, warps))
+    elif case.rows == 1:
+        for BN, warps, depth in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
+            per_thread = BN * reach * halves * bits // 8 / (32 * warps)
+            programs = case.N / (BN * depth)
+            if 16 <= per_thread <= 128 and reach // (32 * warps) <= 64 and programs >= (132 if depth > 1 else 0):
+                plans.append(Plan(BN, reach, warps, depth))
+    else:
+        for BN, BK, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (2, 3, 4, 5)):
+            block = BN * BK * halves * bits // 8
+            if 4096 <= block <= 32768 and 24576 <= block * stages <= 98304 and reach >= BK:
+                plans.append(Plan(BN, BK, 4, stages))
+    return plans
+
+
+class Bench:
+    """One case's tensors: copies of the matrix that together exceed the cache."""
+
+    def __init__(self, case: Case, copies: int) -> None:
+        self.case = case
+        N = case.N * (2 if case.mode == "glu" else 1)
+        words = case.K // {"float": 1, "int8": 4, "fp8": 4, "int4": 8}[case.format]
+        self.weights = []
+        for _ in range(copies):
+            if case.format == "float":
+                self.weights.append(Weight("float", torch.randn(N, words, device="cuda", dtype=torch.bfloat16)))
+                continue
+            data = torch.randint(-(2**31), 2**31, (N, words), device="cuda", dtype=torch.int64).to(torch.int32)
+            if case.format == "int4":
+                scale, group = torch.rand(N, case.K // 128, device="cuda").bfloat16(), 128
+            else:
+                scale, group = torch.rand(N, device="cuda"), 0
+            self.weights.append(Weight(case.format, data, scale, group=group))
+        self.x = torch.randn(case.rows, case.K, device="cuda").bfloat16()
+        self.norm = torch.ones(case.K, device="cuda").bfloat16() if case.mode != "add" else None
+        self.out = torch.zeros(case.rows, case.N, device="cuda").bfloat16()
+        if case.mode == "argmax":
+            self.out = torch.full((case.rows,), linear.NOTHING, dtype=torch.int64, device="cuda")
+
+    def launch(self, weight: Weight, plan: Plan) -> None:
+        linear.launch(self.x, weight, self.out, norm=self.norm, eps=1e-5, mode=self.case.mode, plan=plan)
+
+    def microseconds(self, plan: Plan) -> float:
+        """Median time of one launch among many in a graph."""
+        self.launch(self.weights[0], plan)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in self.weights:
+                self.launch(weight, plan)
+        times = []
+        for _ in range(7):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / len(self.weights))
+        return statistics.median(times[2:])
+
+
+def fits(plan: Plan, bench: Bench) -> bool:
+    """Whether the plan can be launched: some ask for more registers or shared memory than there is."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        bench.launch(bench.weights[0], plan)
+        torch.cuda.synchronize()
+    except OutOfResources:
+        return False
+    return True
+
+
+def compile_one(job: tuple[Case, Plan]) -> None:
+    case, plan = job
+    fits(plan, Bench(case._replace(N=max(plan.BN, 16)), 1))  # the number of rows is not compiled in
+
+
+def best_plans(todo: list[Case], jobs: int) -> dict[str, dict]:
+    """For each case the fastest plans by themselves, best first."""
+    found = {}
+    work = [(case, plan) for case in todo for plan in candidates(case)]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, work, chunksize=4))
+    for case in todo:
+        bench = Bench(case, max(3, min(24, -(-400_000_000 // case.nbytes))))
+        plans = [plan for plan in candidates(case) if fits(plan, bench)]
+        times = sorted((bench.microseconds(plan), plan) for plan in plans)
+        found[tuning.key(case.format, case.rows, case.N, case.K, case.mode)] = {
+            "plans": [list(plan) for _, plan in times],
+            "us": times[0][0],
+            "gbs": case.nbytes / times[0][0] / 1e3,
+        }
+    return found
+
+
+def refine(options: Options, format: str, rows: int, found: dict[str, dict], keep: int = 4) -> None:
+    """Choose among the best few of each matrix by the time of a whole step, where each kernel meets its neighbours."""
+    source = checkpoint.open_checkpoint(options.checkpoint)
+    quantize = None if format == "float" else format
+    model = checkpoint.load_model(source, device="cuda", dtype=torch.bfloat16, quantize=quantize)
+    table = tuning.table(tuning.gpu_name(torch.device("cuda", 0)))
+    chosen = {key: result["plans"] for key, result in found.items()}
+    table.update({key: plans[0] for key, plans in chosen.items()})
+    best = step_time(model, rows)
+    first = best
+    for key, plans in sorted(chosen.items(), key=lambda item: -found[item[0]]["us"]):
+        for plan in plans[1:keep]:
+            before = table[key]
+            table[key] = plan
+            time = step_time(model, rows)
+            if time < best * 0.9995:
+                best = time
+            else:
+                table[key] = before
+        found[key]["plan"] = list(table[key])
+    what = f"{options.checkpoint} {format}, {rows} rows"
+    print(f"{what}: a step takes {best:.1f} us, before {first:.1f}", file=sys.stderr, flush=True)
+
+
+ATTENTION = [(64, 64, 264, 4), (128, 128, 264, 4), (128, 128, 264, 8), (256, 256, 264, 8), (32, 32, 264, 2)]
+
+
+def tune_attention(options: Options) -> dict[str, list[int]]:
+    """The best plan for a short context, by the time of a whole step with int8 weights, where it weighs more."""
+    source = checkpoint.open_checkpoint(options.checkpoint)
+    model = checkpoint.load_model(source, device="cuda", dtype=torch.bfloat16, quantize="int8")
+    table = tuning.table(tuning.gpu_name(torch.device("cuda", 0)))
+    key = tuning.attention_key(source.config.n_kv_heads, source.config.head_dim, "short")
+    times = {}
+    for plan in ATTENTION:
+        table[key] = plan
+        times[plan] = step_time(model, 1)
+    table[key] = min(times, key=times.get)
+    print(f"{options.checkpoint} {key}: {times}", file=sys.stderr, flush=True)
+    return {key: list(table[key])}
+
+
+def step_time(model: Transformer, rows: int) -> float:
+    """Median microseconds of a greedy decode step over some 160 tokens of context."""
+    tuning.known_plan.cache_clear()
+    generator = Generator(model, max_seq_len=256, batch_size=rows, compile=True)
+    sampling = generator._sampling([Request(prompt=[0]) for _ in range(rows)])
+    times = []
+    with torch.no_grad():
+        for _ in range(7):
+            generator.input_pos.fill_(160)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            for _ in range(2):  # the first captures
+                generator.decode(160, sampling)
+            start.record()
+            for _ in range(16):
+                generator.decode(160, sampling)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / 16)
+    return statistics.median(times[1:])
+
+
+def main(arguments: list[str]) -> None:
+    parser = cli.Parser(prog="python -m scripts.tune", description=__doc__.split("\n\n")[0])
+    cli.add_options(parser, Options)
+    options = cli.take_options(Options, parser.parse_args(arguments))
+    if hardware.pick_device(None).type != "cuda":
+        raise ValueError("tuning needs a CUDA device, and this torch sees none")
+    config = checkpoint.open_checkpoint(options.checkpoint).config
+    found: dict[str, dict] = {}
+    for format, rows in itertools.product(options.formats.split(","), map(int, options.rows.split(","))):
+        if format == "attention":
+            plans = tune_attention(options)
+            found |= plans
+            if not options.dry_run:
+                save(plans)
+            continue
+        part = best_plans(list(dict.fromkeys(cases(config, [format], [rows]))), options.jobs)
+        refine(options, format, rows, part)
+        for key, result in part.items():
+            top = result.pop("plans")[:4]
+            print(f"{key:36s} {result['us']:8.2f} us {result['gbs']:6.0f} GB/s {result['plan']} {top}", file=sys.stderr)
+        found |= part
+        if not options.dry_run:
+            save({key: result["plan"] for key, result in part.items()})
+    if options.json:
+        cli.print_json({"gpu": torch.cuda.get_device_name(), "plans": found})
+
+
+def save(plans: dict[str, list[int]]) -> None:
+    """Add plans of this GPU to the table, one a line."""
+    known = json.loads(tuning.TABLE.read_text()) if tuning.TABLE.exists() else {}
+    known.setdefault(torch.cuda.get_device_name(), {}).update(plans)
+    gpus = (
+        f" {json.dumps(gpu)}: {{\n" + ",\n".join(f"  {json.dumps(k)}: {p}" for k, p in sorted(plans.items())) + "\n }"
+        for gpu, plans in sorted(known.items())
+    )
+    tuning.TABLE.write_text("{\n" + ",\n".join(gpus) + "\n}\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,210 @@
+"""Kernels against their twins, under Triton's interpreter where there is no GPU: awkward shapes, fresh inputs."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from kernels import attention, linear, tuning
+from kernels.attention import Heads, Scratch
+from kernels.decoder import Decoder, matrices
+from kernels.linear import NOTHING
+from kernels.tuning import AttentionPlan
+from kernels.weight import Weight
+from model import Transformer
+from quant.linears import Fp8Linear, Int4Linear, Int8Linear
+from tests.conftest import TINY, new_cache, tiny_model
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMATS = {
+    "float": None,
+    "int8": Int8Linear,
+    "fp8": Fp8Linear,
+    "int4 g32": functools.partial(Int4Linear, group=32),
+    "int4 g64 asymmetric": functools.partial(Int4Linear, group=64, symmetric=False),
+    "int4 g128": functools.partial(Int4Linear, group=128),
+}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def random_weight(format: str, N: int, K: int, *, dtype: torch.dtype = torch.float32, bias: bool = False) -> Weight:
+    matrix = random(N, K, dtype=dtype) * K**-0.5
+    if FORMATS[format] is None:
+        weight = Weight("float", matrix)
+    else:
+        module = FORMATS[format](K, N, dtype=dtype).to(DEVICE)
+        module.pack_rows(0, matrix)
+        weight = module.packed
+    return weight._replace(bias=random(N, dtype=dtype)) if bias else weight
+
+
+def same(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    got, want = got.double(), want.double()
+    assert torch.isfinite(got).all()
+    error = (got - want).norm() / want.norm()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("mode", ["store", "add", "glu"])
+def test_linear(format: str, M: int, mode: str) -> None:
+    N, K = 70, 192 if "128" not in format else 384
+    weight = random_weight(format, N, K, bias=mode != "add")
+    norm = 1 + 0.1 * random(K) if mode != "add" else None
+    x = random(M, K)
+    residual = random(M, N) if mode == "add" else None
+    options = {"norm": norm, "eps": 1e-5, "glu": mode == "glu"}
+    want = linear.linear_twin(x, weight, **options, residual=None if residual is None else residual.clone())
+    got = linear.linear_kernel(x, weight, **options, residual=residual)
+    same(got, want, 3e-5)
+
+
+@pytest.mark.parametrize("M", [1, 2])
+@pytest.mark.parametrize("K", [16, 48, 2080, 4128])
+def test_linear_at_lengths_around_a_block(M: int, K: int) -> None:
+    for format in ("float", "int8"):
+        weight, x = random_weight(format, 5, K), random(M, K)
+        same(linear.linear_kernel(x, weight), linear.linear_twin(x, weight), 3e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("M", [1, 4])
+def test_linear_in_half_precision(format: str, dtype: torch.dtype, M: int) -> None:
+    if DEVICE == "cpu" and dtype == torch.bfloat16 and M > 1:
+        pytest.skip("the interpreter multiplies bf16 matrices as if they were integers")
+    weight, x = random_weight(format, 40, 256, dtype=dtype), random(M, 256, dtype=dtype)
+    norm = (1 + 0.1 * random(256)).to(dtype)
+    exact = weight._replace(data=weight.data.float()) if format == "float" else weight
+    want = linear.linear_twin(x.float(), exact, norm=norm.float(), eps=1e-5)
+    same(linear.linear_kernel(x, weight, norm=norm, eps=1e-5), want, 1e-2)
+
+
+@pytest.mark.parametrize("format", ["float", "int8", "int4 g128"])
+@pytest.mark.parametrize("M", [1, 3])
+def test_argmax_finds_the_first_of_the_largest_and_moves_the_state(format: str, M: int) -> None:
+    weight, norm, x = random_weight(format, 77, 128), 1 + 0.1 * random(128), random(M, 128)
+    weight.data[60] = weight.data[20]  # a tie, if it is the largest
+    if weight.scale is not None:
+        weight.scale[60] = weight.scale[20]
+    best = torch.full((M,), NOTHING, dtype=torch.int64, device=DEVICE)
+    tokens, pos = torch.zeros(M, 1, dtype=torch.int64, device=DEVICE), torch.full((M, 1), 8, device=DEVICE)
+    linear.argmax_kernel(x, weight, best, norm=norm, eps=1e-5)
+    twin = torch.full_like(best, NOTHING)
+    linear.argmax_twin(x, weight, twin, norm=norm, eps=1e-5)
+    assert (best & 0xFFFFFFFF).tolist() == (twin & 0xFFFFFFFF).tolist()
+    linear.take_best_kernel(best, tokens, pos, 9)
+    want = linear.linear_twin(x, weight, norm=norm, eps=1e-5).argmax(-1)
+    assert tokens[:, 0].tolist() == want.tolist()
+    assert pos[:, 0].tolist() == [9] * M and best.tolist() == [NOTHING] * M
+    linear.take_best_kernel(best, tokens, pos, 9)
+    assert pos[:, 0].tolist() == [9] * M  # the last slot is not passed
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f != "float"])
+def test_dequantize(format: str) -> None:
+    weight = random_weight(format, 7, 2176)
+    same(linear.dequantize_kernel(weight, torch.float32), linear.dequantize_twin(weight, torch.float32), 1e-6)
+
+
+ATTENTION = {
+    "one head a key head": Heads(n_heads=2, n_kv_heads=2, head_dim=16),
+    "grouped, odd": Heads(n_heads=9, n_kv_heads=3, head_dim=8),
+    "no rope, one key head": Heads(n_heads=4, n_kv_heads=1, head_dim=64, use_rope=False),
+    "window": Heads(n_heads=4, n_kv_heads=2, head_dim=32, window=70),
+    "head dim 80": Heads(n_heads=2, n_kv_heads=1, head_dim=80),
+}
+
+
+def attention_inputs(heads: Heads, positions: list[int], slots: int, dtype: torch.dtype) -> tuple:
+    B, D = len(positions), heads.head_dim
+    qkv = random(B, (heads.n_heads + 2 * heads.n_kv_heads) * D, dtype=dtype)
+    angle = torch.rand(slots, D // 2, device=DEVICE) * 6
+    k, v = random(2, B, slots, heads.n_kv_heads, D, dtype=dtype)
+    return qkv, angle.cos(), angle.sin(), torch.tensor(positions, device=DEVICE)[:, None], k, v
+
+
+PLANS = {  # how the slots are cut
+    "one block a split": AttentionPlan(64, 64, 64, 4),
+    "blocks in a row": AttentionPlan(32, 64, 8, 4),
+    "one split": AttentionPlan(256, 256, 1, 4),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("positions", [[0], [63], [64], [200, 3, 130]])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_decode_attention(monkeypatch: pytest.MonkeyPatch, name: str, positions: list[int], plan: str) -> None:
+    monkeypatch.setattr(tuning, "attention_plan", lambda *_: PLANS[plan])
+    heads = ATTENTION[name]
+    qkv, cos, sin, pos, k, v = attention_inputs(heads, positions, 256, torch.float32)
+    scratch = Scratch(batch=len(positions), heads=heads, device=qkv.device)
+    k2, v2 = k.clone(), v.clone()
+    for row, position in enumerate(positions):
+        for cache in (k, v, k2, v2):
+            cache[row, position:] = float("nan")  # what is not live is never read
+    want = []
+    for row, position in enumerate(positions):
+        one, live = slice(row, row + 1), slice(0, position + 1)
+        caches = k2[one, live], v2[one, live]
+        want.append(attention.decode_attention_twin(qkv[one], cos, sin, pos[one], *caches, heads))
+    want = torch.cat(want)
+    for _ in range(2):  # a second time over the counters that the first one left
+        got = attention.decode_attention_kernel(qkv, cos, sin, pos, k, v, heads, scratch)
+        same(got, want, 3e-5)
+    assert torch.equal(k.isnan(), k2.isnan()) and torch.equal(v.isnan(), v2.isnan())
+    same(k.nan_to_num(), k2.nan_to_num(), 1e-6)
+
+
+def test_decode_attention_with_norms_in_half_precision() -> None:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bf16 matrices
+    norms = [1 + 0.1 * random(64) for _ in range(2)]
+    heads = Heads(n_heads=4, n_kv_heads=2, head_dim=64, q_norm=norms[0], k_norm=norms[1], eps=1e-6)
+    qkv, cos, sin, pos, k, v = attention_inputs(heads, [150], 256, torch.float32)
+    want = attention.decode_attention_twin(qkv, cos, sin, pos, k.clone(), v.clone(), heads)
+    half = heads._replace(q_norm=norms[0].to(dtype), k_norm=norms[1].to(dtype))
+    scratch = Scratch(batch=1, heads=half, device=qkv.device)
+    got = attention.decode_attention_kernel(qkv.to(dtype), cos, sin, pos, k.to(dtype), v.to(dtype), half, scratch)
+    same(got, want, 2e-2)
+
+
+CONFIGS = {
+    "llama": TINY,
+    "biases": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, ffn_bias=True),
+    "q/k norm, tied": dataclasses.replace(TINY, qk_norm=True, tied_head=True),
+    "window": dataclasses.replace(TINY, sliding_window=5, sliding_layers=(1,)),
+    "no rope": dataclasses.replace(TINY, no_rope_layers=(0,)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoder_gives_the_models_logits(name: str) -> None:
+    model = tiny_model(CONFIGS[name], device=DEVICE)
+    decoder = Decoder(model, max_seq_len=64, batch_size=2)
+    ours, theirs = new_cache(model, batch=2, length=64), new_cache(model, batch=2, length=64)
+    tokens = torch.randint(TINY.vocab_size, (2, 11), device=DEVICE)
+    with torch.no_grad():
+        for begin, end in ((0, 7), (7, 8), (8, 9), (9, 11)):  # prompts and steps
+            pos = torch.arange(begin, end, device=DEVICE).expand(2, -1)
+            tail = end - begin > 1
+            x = decoder.hidden(tokens[:, begin:end], pos, ours.narrow(end, tail=tail))
+            want = model(tokens[:, begin:end], pos, theirs.narrow(end, tail=tail))
+            same(decoder.logits(x), want, 1e-4)
+        last, pos = tokens[:, -1:].clone(), torch.full((2, 1), 10, device=DEVICE)
+        decoder.greedy(x[:, -1:], last, pos, 63)
+    assert last[:, 0].tolist() == want[:, -1].argmax(-1).tolist()
+    assert pos[:, 0].tolist() == [11, 11]
+
+
+def test_decoder_lists_every_matrix_that_a_step_reads() -> None:
+    model = tiny_model(device=DEVICE)
+    found = sum(w.nbytes for w in matrices(Decoder(model, max_seq_len=8, batch_size=1)))
+    assert found == sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert isinstance(model, Transformer)
