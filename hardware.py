@@ -110,7 +110,7 @@ def process_age() -> float | None:
 def read_bandwidth(device: torch.device, cache_dir: Path) -> float:
     """Bytes per second that `device` reads from its memory, probed once and kept in `cache_dir`/bandwidth.json."""
     path = cache_dir / "bandwidth.json"
-    key = f"{device_name(device)}, torch {torch.__version__}"
+    key = f"{device_name(device)}, torch {torch.__version__}, int32"
     try:
         known = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -124,15 +124,35 @@ def read_bandwidth(device: torch.device, cache_dir: Path) -> float:
 
 
 def measure_read_bandwidth(device: torch.device) -> float:
-    """Median over several rounds of summing more memory than any cache holds."""
-    size, passes = (2**28, 1) if device.type == "cpu" else (2**30, 8)  # bytes; several queued passes hide the launch
-    words = torch.ones(size // 4, device=device)
+    """Median over several rounds of reading more memory than any cache holds."""
+    from kernels import probe  # what only CUDA needs is not for every start
+
+    size, passes = 2**28, 1  # bytes
+    if device.type == "cuda":  # several queued passes hide the launch
+        size, passes = 2**32 if torch.cuda.mem_get_info(device)[0] > 2**33 else 2**30, 4
+    words = torch.ones(size // 4, dtype=torch.int32, device=device)
+    read = probe.read if device.type == "cuda" else torch.Tensor.sum
     times = []
     for _ in range(9):
         synchronize(device)
         start = time.perf_counter()
         for _ in range(passes):
-            words.sum()
+            read(words)
         synchronize(device)
         times.append(time.perf_counter() - start)
     return passes * size / statistics.median(times[2:])
+
+
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of one large matrix product: median over several."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    times = []
+    for _ in range(9):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 4 * 2 * n**3 / statistics.median(times[2:])

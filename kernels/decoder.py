@@ -59,6 +59,7 @@ class Decoder:
     def _prefill(self, x: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
         B, T = input_pos.shape
         mask, window_mask = cache.masks(input_pos, self.model.config.sliding_window)
+        input_pos = input_pos.contiguous()
         cos, sin = self.cos[input_pos.reshape(-1)], self.sin[input_pos.reshape(-1)]  # [B * T, D/2]
         for layer, kv in zip(self.layers, cache.layers, strict=True):
             heads = layer.heads

@@ -1,7 +1,7 @@
-"""What lies between the matrices of a prompt: norms, residual sums, SwiGLU, rotary embedding and the cache's write.
+"""What lies between the matrices of a prompt: norms, SwiGLU, rotary embedding and the cache's write.
 
 A long input leaves its matrices to cuBLAS and its attention to flash attention. What is left computes next to nothing
-and costs its memory traffic: four functions, each one launch that reads its inputs once and writes its results once.
+and costs its memory traffic: three functions, each one launch that reads its inputs once and writes its results once.
 This file knows shapes and strides, and neither models nor caches: the caller hands it views.
 
 The one idea: round where eager rounds. Arithmetic is fp32, and whatever the model's own operations would have stored
@@ -39,27 +39,8 @@ def rms_norm_kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     M, C = _rows(x)
     y = torch.empty_like(x)
     if M:
-        _rms_norm[(M,)](x, None, weight, None, y, eps, C, **_row_meta(C))
+        _rms_norm[(M,)](x, weight, y, eps, C, **_row_meta(C))
     return y
-
-
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual sum x + delta of contiguous [M, C], rounded to x's type, and its `rms_norm`; both new tensors."""
-    return (add_rms_norm_kernel if _on_gpu(x) else add_rms_norm_twin)(x, delta, weight, eps)
-
-
-def add_rms_norm_twin(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + delta
-    return total, rms_norm_twin(total, weight, eps)
-
-
-def add_rms_norm_kernel(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    M, C = _rows(x)
-    assert delta.is_contiguous() and delta.shape == x.shape, (x.shape, delta.shape, delta.stride())
-    total, y = torch.empty_like(x), torch.empty_like(x)
-    if M:
-        _rms_norm[(M,)](x, delta, weight, total, y, eps, C, **_row_meta(C))
-    return total, y
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -229,17 +210,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @jit
-def _rms_norm(x, delta, weight, total, y, eps, C: tl.constexpr, BLOCK: tl.constexpr):
-    """y = norm(x + delta), total = x + delta; without a delta (None), y = norm(x). One program a row."""
+def _rms_norm(x, weight, y, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row."""
     dtype = x.dtype.element_ty
     cols = tl.arange(0, BLOCK)
     live = cols < C
     at = tl.program_id(0).to(tl.int64) * C + cols
     h = tl.load(x + at, live, other=0.0).to(tl.float32)
-    if delta is not None:
-        h += tl.load(delta + at, live, other=0.0).to(tl.float32)
-        tl.store(total + at, h.to(dtype), live)
-        h = h.to(dtype).to(tl.float32)
     h *= tl.rsqrt(tl.sum(h * h) / C + eps)
     w = tl.load(weight + cols, live, other=0.0).to(tl.float32)
     tl.store(y + at, w * h.to(dtype).to(tl.float32), live)

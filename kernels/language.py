@@ -13,8 +13,8 @@ except ImportError:
 
         constexpr = None
 
-    def jit(function):
-        return function
+    def jit(function=None, **options):
+        return function or jit
 
 
 __all__ = ["jit", "tl", "triton"]

@@ -47,7 +47,10 @@ def linear(
         return linear_kernel(x, weight, **options)
     if norm is not None:
         x = elementwise.rms_norm(x, norm, eps)
-    return _finish(F.linear(x, dequantize(weight, x.dtype), weight.bias), glu, residual, out_dtype)
+    matrix = dequantize(weight, x.dtype)
+    if residual is not None and weight.bias is None:
+        return residual.addmm_(x, matrix.t())
+    return _finish(F.linear(x, matrix, weight.bias), glu, residual, out_dtype)
 
 
 def linear_twin(
@@ -205,7 +208,7 @@ def launch(
     elif weight.format == "float":
         kernel, more = _vector_kernel, {}
     else:
-        kernel, more = _packed_kernel, {"DEPTH": plan.depth, "one": 0x3F800000}
+        kernel, more = _packed_kernel, {"depth": plan.depth, "one": 0x3F800000}
         BK, rows = triton.next_power_of_2(K), plan.BN * plan.depth
     kernel[(triton.cdiv(N, rows),)](
         x,
@@ -356,17 +359,17 @@ def _vector_kernel(x, w, scale, zero, bias, norm, out, N, eps, K: tl.constexpr, 
 
 
 @jit
-def _words(w, row, chunk, keep, ROW: tl.constexpr):
-    """Packed words [C, BN, 4] of rows of ROW words each."""
+def _words(w, row, chunk, limit, ROW: tl.constexpr):
+    """Packed words [C, BN, 4] of rows of ROW words each, zeros from word `limit` on."""
     at = chunk[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
-    return tl.load(w + (row * ROW)[None, :, None] + at, mask=(at < ROW) & keep, other=0)
+    return tl.load(w + (row * ROW)[None, :, None] + at, mask=at < limit, other=0)
 
 
 @jit
-def _group_scales(scale, zero, row, chunk, keep, K: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
+def _group_scales(scale, zero, row, chunk, K: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
     """Scales and zeros [C, BN] of int4 chunks."""
     at = row[None, :] * (K // GROUP) + (chunk // (GROUP // 32))[:, None]
-    keep = (chunk < K // 32)[:, None] & keep
+    keep = (chunk < K // 32)[:, None]
     s = tl.load(scale + at, mask=keep, other=0.0).to(tl.float32)
     z = s
     if ZERO:
@@ -405,11 +408,11 @@ def _packed_dot(words, planes, total, bias, s, z, one, FORMAT: tl.constexpr, ZER
     return tl.sum(y, 0)
 
 
-@jit
-def _packed_kernel(x, w, scale, zero, bias, norm, out, N, eps, one, K: tl.constexpr, FORMAT: tl.constexpr,
+@jit(do_not_specialize=["depth"])
+def _packed_kernel(x, w, scale, zero, bias, norm, out, N, eps, one, depth, K: tl.constexpr, FORMAT: tl.constexpr,
                    GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, MODE: tl.constexpr,
-                   BN: tl.constexpr, BK: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """DEPTH times BN outputs of one row of x [1, K] by a packed matrix; MODE as in `_vector_kernel`.
+                   BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """`depth` times BN outputs of one row of x [1, K] by a packed matrix; MODE as in `_vector_kernel`.
 
     x is made ready once, in the registers of the threads that multiply by it, and the rows of the matrix stream past.
     """
@@ -418,12 +421,12 @@ def _packed_kernel(x, w, scale, zero, bias, norm, out, N, eps, one, K: tl.conste
     C: tl.constexpr = BK // PER
     GLU: tl.constexpr = MODE == "glu"
     chunk = tl.arange(0, C)
-    index = tl.program_id(0) * (BN * DEPTH) + tl.arange(0, BN)
+    index = tl.program_id(0) * (BN * depth) + tl.arange(0, BN)
     row = tl.minimum(index, N - 1).to(tl.int64)
-    w1 = _words(w, row, chunk, True, ROW)
+    w1 = _words(w, row, chunk, ROW, ROW)
     w2 = w1
     if GLU:
-        w2 = _words(w, row + N, chunk, True, ROW)
+        w2 = _words(w, row + N, chunk, ROW, ROW)
     _wait(PDL)
 
     # Three dimensions [C, 1, 4], as the words have: so the threads that load x are those that multiply by it.
@@ -456,20 +459,20 @@ def _packed_kernel(x, w, scale, zero, bias, norm, out, N, eps, one, K: tl.conste
         excess += 8.0 * total
 
     best = tl.full([BN], -(1 << 63), tl.int64)
-    for step in range(DEPTH):
+    for step in range(depth):
         row = tl.minimum(index, N - 1).to(tl.int64)
         ahead = tl.minimum(index + BN, N - 1).to(tl.int64)
         s1 = tl.zeros([C, BN], tl.float32)
         z1, s2, z2 = s1, s1, s1
         if FORMAT == "int4":
-            s1, z1 = _group_scales(scale, zero, row, chunk, True, K, GROUP, ZERO)
+            s1, z1 = _group_scales(scale, zero, row, chunk, K, GROUP, ZERO)
             if GLU:
-                s2, z2 = _group_scales(scale, zero, row + N, chunk, True, K, GROUP, ZERO)
-        more = step + 1 < DEPTH
-        n1 = _words(w, ahead, chunk, more, ROW)  # on their way while the others are used
+                s2, z2 = _group_scales(scale, zero, row + N, chunk, K, GROUP, ZERO)
+        limit = tl.where(step + 1 < depth, ROW, 0)
+        n1 = _words(w, ahead, chunk, limit, ROW)  # on their way while the others are used
         n2 = n1
         if GLU:
-            n2 = _words(w, ahead + N, chunk, more, ROW)
+            n2 = _words(w, ahead + N, chunk, limit, ROW)
         c1, b1 = _epilogue(scale, bias, row, FORMAT, BIAS)
         r = 0.0
         if MODE == "add":

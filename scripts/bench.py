@@ -84,6 +84,9 @@ def measure(options: Options, params: SamplingParams) -> dict:
         name: statistics.median(run[name] for run in runs[1:])
         for name in ("ttft_s", "decode_tok_s", "decode_gbs", "bandwidth_fraction")
     }
+    matmul = None
+    if options.prompt_len >= COMPUTE_BOUND:
+        matmul = hardware.measure_matmul_rate(device, dtype) / 1e12
     result = {
         "checkpoint": options.checkpoint,
         **runs[-1],
@@ -91,12 +94,26 @@ def measure(options: Options, params: SamplingParams) -> dict:
         **median,
         "ms_per_token": 1e3 * options.batch / median["decode_tok_s"] if median["decode_tok_s"] else None,
         "prefill_tok_s": options.batch * options.prompt_len / median["ttft_s"],
+        "prefill_tflops": prefill_work(generator, options) / median["ttft_s"] / 1e12,
+        "matmul_tflops": matmul,
         "first_token_after_start_s": first_token_s,
     }
     if options.roofline:
         middle = options.prompt_len + options.new_tokens // 2
         result["roofline"] = roofline.trace(generator, requests(), middle)
     return result
+
+
+COMPUTE_BOUND = 512  # tokens in a prompt from which on its matrices are limited by arithmetic
+
+
+def prefill_work(generator: Generator, options: Options) -> float:
+    """Floating-point operations of the prompts: two a weight and token, causal attention, one row of the head."""
+    config, T = generator.model.config, options.prompt_len
+    heads = config.n_heads * config.head_dim
+    qkv_o = config.dim * (2 * heads + 2 * config.n_kv_heads * config.head_dim)
+    layer = 2 * T * (qkv_o + 3 * config.dim * config.ffn_dim) + 2 * T * T * heads
+    return options.batch * (config.n_layers * layer + 2 * config.dim * config.vocab_size)
 
 
 def main(arguments: list[str]) -> None:
@@ -113,6 +130,12 @@ def main(arguments: list[str]) -> None:
         return
     print(f"{result['checkpoint']}, {weights_of(result)} on {result['device']}, batch {result['batch']}")
     print(f"first token    {result['ttft_s'] * 1e3:9.1f} ms for {result['prompt_len']} tokens")
+    if result["matmul_tflops"]:
+        share = result["prefill_tflops"] / result["matmul_tflops"]
+        print(
+            f"prefill        {result['prefill_tflops']:9.1f} TFLOP/s = {share:.1%} of the "
+            f"{result['matmul_tflops']:.1f} TFLOP/s of a large matrix product"
+        )
     if result["ms_per_token"]:
         print(f"each token     {result['ms_per_token']:9.3f} ms = {result['decode_tok_s']:.1f} tok/s over all rows")
         print(

@@ -84,10 +84,11 @@ def candidates(case: Case) -> list[Plan]:
             if reach >= BK and (2048 if small else 4096) <= block <= 32768 and 32 <= block / (32 * warps) <= 128:
                 plans.append(Plan(BN, BK, warps))
     elif case.rows == 1:
-        for BN, warps, depth in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
+        depths = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)  # not compiled in, so many cost little
+        for BN, warps, depth in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), depths):
             per_thread = BN * reach * halves * bits // 8 / (32 * warps)
             programs = case.N / (BN * depth)
-            if 16 <= per_thread <= 128 and reach // (32 * warps) <= 64 and programs >= (132 if depth > 1 else 0):
+            if 16 <= per_thread <= 128 and reach // (32 * warps) <= 64 and (depth == 1 or programs >= 120):
                 plans.append(Plan(BN, reach, warps, depth))
     else:
         for BN, BK, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (2, 3, 4, 5)):
@@ -164,12 +165,13 @@ def best_plans(todo: list[Case], jobs: int) -> dict[str, dict]:
     """For each case the fastest plans by themselves, best first."""
     found = {}
     work = [(case, plan) for case in todo for plan in candidates(case)]
+    if todo[0].rows == 1:
+        work = list(dict.fromkeys((case, plan._replace(depth=1)) for case, plan in work))
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, work, chunksize=4))
     for case in todo:
         bench = Bench(case, max(3, min(24, -(-400_000_000 // case.nbytes))))
-        plans = [plan for plan in candidates(case) if fits(plan, bench)]
-        times = sorted((bench.microseconds(plan), plan) for plan in plans)
+        times = sorted((bench.microseconds(plan), plan) for plan in candidates(case) if fits(plan, bench))
         found[tuning.key(case.format, case.rows, case.N, case.K, case.mode)] = {
             "plans": [list(plan) for _, plan in times],
             "us": times[0][0],

@@ -6,11 +6,11 @@ import functools
 import pytest
 import torch
 
-from kernels import attention, linear, tuning
+from kernels import attention, linear, probe, tuning
 from kernels.attention import Heads, Scratch
 from kernels.decoder import Decoder, matrices
 from kernels.linear import NOTHING
-from kernels.tuning import AttentionPlan
+from kernels.tuning import AttentionPlan, Plan
 from kernels.weight import Weight
 from model import Transformer
 from quant.linears import Fp8Linear, Int4Linear, Int8Linear
@@ -66,6 +66,23 @@ def test_linear(format: str, M: int, mode: str) -> None:
     same(got, want, 3e-5)
 
 
+@pytest.mark.parametrize("mode", ["store", "add", "glu", "argmax"])
+def test_a_program_takes_several_blocks_of_packed_rows(mode: str) -> None:
+    N, K = 22, 128
+    weight, x, norm = random_weight("int8", N, K), random(1, K), 1 + 0.1 * random(K)
+    outputs = N // 2 if mode == "glu" else N
+    out = random(1, outputs)
+    want = linear.linear_twin(x, weight, norm=norm, glu=mode == "glu", residual=out.clone() if mode == "add" else None)
+    if mode == "argmax":
+        out = torch.full((1,), NOTHING, dtype=torch.int64, device=DEVICE)
+    plan = Plan(BN=2, BK=K, num_warps=1, depth=3)  # 6 outputs a program, the last one has fewer
+    linear.launch(x, weight, out, norm=norm, eps=0.0, mode=mode, plan=plan)
+    if mode == "argmax":
+        assert 0xFFFFFFFF - (out & 0xFFFFFFFF).item() == want.argmax().item()
+    else:
+        same(out, want, 3e-5)
+
+
 @pytest.mark.parametrize("M", [1, 2])
 @pytest.mark.parametrize("K", [16, 48, 2080, 4128])
 def test_linear_at_lengths_around_a_block(M: int, K: int) -> None:
@@ -112,6 +129,12 @@ def test_argmax_finds_the_first_of_the_largest_and_moves_the_state(format: str, 
 def test_dequantize(format: str) -> None:
     weight = random_weight(format, 7, 2176)
     same(linear.dequantize_kernel(weight, torch.float32), linear.dequantize_twin(weight, torch.float32), 1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 8192, 20001])
+def test_the_probe_reads_every_word(n: int) -> None:
+    words = torch.randint(-100, 100, (n,), dtype=torch.int32, device=DEVICE)
+    assert probe.read_kernel(words).sum() == probe.read_twin(words)
 
 
 ATTENTION = {
