@@ -110,7 +110,7 @@ def process_age() -> float | None:
 def read_bandwidth(device: torch.device, cache_dir: Path) -> float:
     """Bytes per second that `device` reads from its memory, probed once and kept in `cache_dir`/bandwidth.json."""
     path = cache_dir / "bandwidth.json"
-    key = f"{device_name(device)}, torch {torch.__version__}, int32"
+    key = f"{device_name(device)}, torch {torch.__version__}, 2"
     try:
         known = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -130,8 +130,9 @@ def measure_read_bandwidth(device: torch.device) -> float:
     size, passes = 2**28, 1  # bytes
     if device.type == "cuda":  # several queued passes hide the launch
         size, passes = 2**32 if torch.cuda.mem_get_info(device)[0] > 2**33 else 2**30, 4
-    words = torch.ones(size // 4, dtype=torch.int32, device=device)
-    read = probe.read if device.type == "cuda" else torch.Tensor.sum
+    cuda = device.type == "cuda"
+    words = torch.ones(size // 4, dtype=torch.int32 if cuda else torch.float32, device=device)
+    read = probe.read if cuda else torch.Tensor.sum  # of integers it would be slow
     times = []
     for _ in range(9):
         synchronize(device)
