@@ -104,7 +104,7 @@ def decode_attention_kernel(
         sin,
         qkv if heads.q_norm is None else heads.q_norm,
         qkv if heads.k_norm is None else heads.k_norm,
-        input_pos,
+        input_pos.contiguous(),  # a prompt's may be one row, expanded
         k_cache,
         v_cache,
         out,

@@ -157,7 +157,7 @@ def attention_inputs(heads: Heads, positions: list[int], slots: int, dtype: torc
 PLANS = {  # how the slots are cut
     "one block a split": AttentionPlan(64, 64, 64, 4),
     "blocks in a row": AttentionPlan(32, 64, 8, 4),
-    "one split": AttentionPlan(256, 256, 1, 4),
+    "one split": AttentionPlan(128, 128, 1, 4),
 }
 
 
@@ -184,6 +184,16 @@ def test_decode_attention(monkeypatch: pytest.MonkeyPatch, name: str, positions:
         same(got, want, 3e-5)
     assert torch.equal(k.isnan(), k2.isnan()) and torch.equal(v.isnan(), v2.isnan())
     same(k.nan_to_num(), k2.nan_to_num(), 1e-6)
+
+
+def test_decode_attention_takes_positions_that_are_one_row_expanded() -> None:
+    heads = ATTENTION["window"]
+    qkv, cos, sin, pos, k, v = attention_inputs(heads, [9, 9, 9], 64, torch.float32)
+    want = attention.decode_attention_twin(qkv, cos, sin, pos, k.clone(), v.clone(), heads)
+    scratch = Scratch(batch=3, heads=heads, device=qkv.device)
+    expanded = torch.tensor([9, 60, 61, 62], device=DEVICE)[:1].expand(3, 1)
+    got = attention.decode_attention_kernel(qkv, cos, sin, expanded, k, v, heads, scratch)
+    same(got, want, 3e-5)
 
 
 def test_decode_attention_with_norms_in_half_precision() -> None:
