@@ -88,8 +88,11 @@ def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> Att
     known = table(gpu_name(x.device)).get(attention_key(n_kv_heads, head_dim, kind))
     if known and x.element_size() == 2:
         return AttentionPlan(*known)
-    BS = min(256 if kind == "short" else 64, 1 << (32768 // (head_dim * x.element_size())).bit_length() - 1)
-    return AttentionPlan(BS, BS, 264, 8 if BS > 64 else 4)  # keys and values of a block fit into 64 KB
+    row = head_dim * x.element_size()  # bytes of a key; blocks of keys and values have to fit into shared memory
+    if kind == "short" and row <= 128:
+        return AttentionPlan(256, 256, 264, 8)
+    BS = 64 if row <= 256 else 32
+    return AttentionPlan(BS, BS, 264, 4)
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
