@@ -58,8 +58,8 @@ class Request:
 class Generator:
     """Decodes requests with one model over one static cache.
 
-    Eager and compiled run the same code. Compiled, every layer is one region compiled once and reused by all, and on
-    CUDA a decode step is captured in a graph for each batch size, cache bucket and kind of sampling.
+    Eager runs the model; compiled, what `compile_model` makes of it, by the same code. On CUDA a decode step is then
+    captured in a graph for each batch size, cache bucket and kind of sampling.
     """
 
     prefill_tokens = 8192  # in one forward, over all rows: bounds the activations' memory
@@ -84,7 +84,7 @@ class Generator:
         self.input_pos = torch.zeros_like(self.tokens)  # where they go
         self.compiled = compile
         self.decoder = compile_model(model, self.cache) if compile else model
-        self.fused = self.decoder is not model
+        self.fused = self.decoder is not model  # kernels, which also end a greedy step and choose the buckets
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.samplings: dict[tuple, SamplingBatch] = {}
