@@ -36,10 +36,18 @@ class AttentionPlan(NamedTuple):
 TABLE = Path(__file__).with_name("tuned.json")
 
 
+HOPPER = "NVIDIA H100 80GB HBM3"  # what an H200 or another Hopper GPU does as, until it is tuned itself
+
+
 @functools.cache
 def table(gpu: str) -> dict[str, list[int]]:
-    """Key -> plan for a GPU by the name that torch gives it; empty for one that was never tuned."""
-    return json.loads(TABLE.read_text()).get(gpu, {}) if TABLE.exists() else {}
+    """Key -> plan for a GPU by its name in the table; empty for one that was never tuned."""
+    return _tables().get(gpu, {})
+
+
+@functools.cache
+def _tables() -> dict[str, dict[str, list[int]]]:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
 def key(format: str, M: int, N: int, K: int, mode: str) -> str:
@@ -102,7 +110,11 @@ def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
 
 @functools.cache
 def gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The name by which the table may know a device."""
+    if device.type != "cuda":
+        return device.type
+    name = torch.cuda.get_device_name(device)
+    return HOPPER if name not in _tables() and torch.cuda.get_device_capability(device) == (9, 0) else name
 
 
 @functools.cache
