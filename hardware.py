@@ -35,6 +35,7 @@ def pick_device(name: str | None) -> torch.device:
             raise ValueError(
                 f"--device {name}: this torch {torch.__version__} sees {count} CUDA devices; use --device cpu"
             )
+        torch.cuda.set_device(device.index or 0)  # where kernels are launched and graphs captured
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not mps:
         raise ValueError("--device mps: this torch has no MPS; use --device cpu")
@@ -110,7 +111,7 @@ def process_age() -> float | None:
 def read_bandwidth(device: torch.device, cache_dir: Path) -> float:
     """Bytes per second that `device` reads from its memory, probed once and kept in `cache_dir`/bandwidth.json."""
     path = cache_dir / "bandwidth.json"
-    key = f"{device_name(device)}, torch {torch.__version__}, 2"
+    key = bandwidth_key(device)
     try:
         known = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -123,6 +124,10 @@ def read_bandwidth(device: torch.device, cache_dir: Path) -> float:
     return known[key]
 
 
+def bandwidth_key(device: torch.device) -> str:
+    return f"{device_name(device)}, torch {torch.__version__}, probe 2"
+
+
 def measure_read_bandwidth(device: torch.device) -> float:
     """Median over several rounds of reading more memory than any cache holds."""
     from kernels import probe  # what only CUDA needs is not for every start
@@ -130,9 +135,8 @@ def measure_read_bandwidth(device: torch.device) -> float:
     size, passes = 2**28, 1  # bytes
     if device.type == "cuda":  # several queued passes hide the launch
         size, passes = 2**32 if torch.cuda.mem_get_info(device)[0] > 2**33 else 2**30, 4
-    cuda = device.type == "cuda"
-    words = torch.ones(size // 4, dtype=torch.int32 if cuda else torch.float32, device=device)
-    read = probe.read if cuda else torch.Tensor.sum  # of integers it would be slow
+    words = torch.ones(size // 4, device=device)
+    read = probe.read if device.type == "cuda" else torch.Tensor.sum
     times = []
     for _ in range(9):
         synchronize(device)

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import elementwise, tuning
-from kernels.language import jit, tl, triton
-from kernels.linear import _pdl, _wait
+from kernels import elementwise, language, tuning
+from kernels.language import jit, launch_options, tl, triton, wait
 
 
 class Heads(NamedTuple):
@@ -52,7 +51,7 @@ def decode_attention(
 
     cos and sin are tables [positions, D/2], fp32. Every row attends to its live slots: those up to its position.
     """
-    if not qkv.is_cuda or triton is None:
+    if not language.on_gpu(qkv):
         return decode_attention_twin(qkv, cos, sin, input_pos, k_cache, v_cache, heads)
     return decode_attention_kernel(qkv, cos, sin, input_pos, k_cache, v_cache, heads, scratch)
 
@@ -92,6 +91,7 @@ def decode_attention_kernel(
     scratch: Scratch,
 ) -> Tensor:  # fmt: skip
     """`decode_attention` by the kernel."""
+    assert input_pos.is_contiguous()  # made so here, a copy would be a launch that this one does not wait for
     B, K, D = len(qkv), heads.n_kv_heads, heads.head_dim
     G = heads.n_heads // K
     out = qkv.new_empty(B, heads.n_heads * D)
@@ -104,7 +104,7 @@ def decode_attention_kernel(
         sin,
         qkv if heads.q_norm is None else heads.q_norm,
         qkv if heads.k_norm is None else heads.k_norm,
-        input_pos.contiguous(),  # a prompt's may be one row, expanded
+        input_pos,
         k_cache,
         v_cache,
         out,
@@ -126,9 +126,9 @@ def decode_attention_kernel(
         BG=triton.next_power_of_2(G),
         BD=max(16, triton.next_power_of_2(D)),
         LOOP=slots > splits * plan.BS or plan.shortest > plan.BS,
-        PDL=tuning.pdl(qkv),
+        PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
-        **_pdl(qkv),
+        **launch_options(qkv),
     )
     return out
 
@@ -208,7 +208,7 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         c = tl.load(cos + angle, mask=d < D, other=0.0)[None, :]
         s = tl.load(sin + angle, mask=d < D, other=0.0)[None, :]
         s = tl.where((d < half)[None, :], -s, s)
-        _wait(PDL)
+        wait(PDL)
 
         row = qkv + b.to(tl.int64) * ((G + 2) * K * D)
         new = row + (G * K + head + tl.zeros([1, 1], tl.int32)) * D

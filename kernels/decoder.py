@@ -42,6 +42,7 @@ class Decoder:
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
         """The last layer's output [B, T, C] for tokens [B, T] at positions input_pos [B, T]; writes the cache."""
         B, T = tokens.shape
+        input_pos = input_pos.contiguous()  # before the embedding, which everything after it waits for
         x = self.model.embed(tokens).view(B * T, -1)  # [B * T, C]
         if T == 1:
             for layer, kv in zip(self.layers, cache.layers, strict=True):
@@ -59,7 +60,7 @@ class Decoder:
     def _prefill(self, x: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
         B, T = input_pos.shape
         mask, window_mask = cache.masks(input_pos, self.model.config.sliding_window)
-        input_pos = input_pos.contiguous()
+        self.best.fill_(linear.NOTHING)  # should a step before this have been broken off
         cos, sin = self.cos[input_pos.reshape(-1)], self.sin[input_pos.reshape(-1)]  # [B * T, D/2]
         for layer, kv in zip(self.layers, cache.layers, strict=True):
             heads = layer.heads
@@ -88,7 +89,7 @@ class Decoder:
         """Logits [..., V], fp32, from the last layer's output [..., C]."""
         norm = self.model.norm
         y = linear.linear(
-            x.reshape(-1, x.shape[-1]), self.head, norm=norm.weight, eps=norm.eps, out_dtype=torch.float32
+            x.reshape(-1, x.shape[-1]).contiguous(), self.head, norm=norm.weight, eps=norm.eps, out_dtype=torch.float32
         )
         return y.view(*x.shape[:-1], -1)
 
@@ -98,7 +99,7 @@ class Decoder:
         No position goes past `last_pos`: a finished row in a batch that goes on stays inside the cache.
         """
         best, norm = self.best[: len(x)], self.model.norm
-        linear.argmax(x.view(len(x), -1), self.head, best, norm=norm.weight, eps=norm.eps)
+        linear.argmax(x.reshape(len(x), -1).contiguous(), self.head, best, norm=norm.weight, eps=norm.eps)
         linear.take_best(best, tokens, input_pos, last_pos)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import language
 from kernels.language import jit, tl, triton
 
 _TILE = 2048  # elements in a program's tile: with 4 warps, two 16-byte bf16 loads a thread
@@ -26,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     As `model.RMSNorm`: statistics in fp32, and the normalized row is rounded to x's type before the weight.
     """
-    return (rms_norm_kernel if _on_gpu(x) else rms_norm_twin)(x, weight, eps)
+    return (rms_norm_kernel if language.on_gpu(x) else rms_norm_twin)(x, weight, eps)
 
 
 def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,7 +46,7 @@ def rms_norm_kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """SwiGLU's product silu(gate) * up of contiguous [gate | up] [M, 2F] -> [M, F]; silu is rounded before it."""
-    return (silu_mul_kernel if _on_gpu(gate_up) else silu_mul_twin)(gate_up)
+    return (silu_mul_kernel if language.on_gpu(gate_up) else silu_mul_twin)(gate_up)
 
 
 def silu_mul_twin(gate_up: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def rope_write(
     which may be views with any strides but a last one of 1. A position must lie inside the cache (the kernel does not
     look), and a row must not have one twice.
     """
-    return (rope_write_kernel if _on_gpu(qkv) else rope_write_twin)(
+    return (rope_write_kernel if language.on_gpu(qkv) else rope_write_twin)(
         qkv,
         cos,
         sin,
@@ -181,10 +182,6 @@ def rope_write_kernel(
             num_warps=4,
         )
     return q
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and triton is not None
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

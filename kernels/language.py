@@ -1,4 +1,13 @@
-"""Triton, or what stands in its place where torch came without it: then the kernels cannot run, but their twins can."""
+"""Triton, or what stands in its place where torch came without it, and what every kernel shares.
+
+Without Triton the kernels cannot run, but their twins can.
+"""
+
+import functools
+import os
+
+import torch
+from torch import Tensor
 
 try:
     import triton
@@ -17,4 +26,32 @@ except ImportError:
         return function or jit
 
 
-__all__ = ["jit", "tl", "triton"]
+__all__ = ["jit", "launch_options", "on_gpu", "pdl", "tl", "triton", "wait"]
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels run on x; their twins do elsewhere."""
+    return x.is_cuda and triton is not None
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def pdl(x: Tensor) -> bool:
+    """Whether kernels are launched before the one before them ends (programmatic dependent launch, Hopper and up)."""
+    return _hopper(x.device) and "TRITON_INTERPRET" not in os.environ
+
+
+def launch_options(x: Tensor) -> dict:
+    """The launch's option for programmatic dependent launch, which the interpreter does not know."""
+    return {"launch_pdl": True} if pdl(x) else {}
+
+
+@jit
+def wait(PDL: tl.constexpr):
+    """Where a kernel may run beside the one before it: let the next one in, then wait for what that one wrote."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()

@@ -7,7 +7,7 @@ number of rows M:
 
 - M = 1: `_vector_kernel` and, for packed weights, `_packed_kernel`. A program holds a few whole rows of the matrix
   against x, in fp32 on the CUDA cores.
-- M = 2 to `tuning.most_rows`: `_tile_kernel`. The rows of x, padded to 16, 32 or 64, are one side of a tensor-core
+- M = 2 to `tuning.most_rows`: `_tile_kernel`. The rows of x, padded to 8, 16, 32 or 64, are one side of a tensor-core
   product, so that up to 16 rows cost what one costs.
 - more: cuBLAS over dequantized weights, and `elementwise` for the rest.
 
@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import elementwise, tuning
-from kernels.language import jit, tl, triton
-from kernels.weight import PER_WORD, Weight
+from kernels import elementwise, language, tuning
+from kernels.dequantize import dequantize, dequantize_twin, fp8, shift
+from kernels.language import jit, launch_options, tl, triton, wait
+from kernels.weight import Weight
 
 
 def linear(
@@ -35,15 +36,16 @@ def linear(
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y [M, N] = RMSNorm(x [M, K]; norm [K], eps) W^T + bias, then SiLU(gate) * up where `glu`, then + residual.
+    """y [M, N] = RMSNorm(x [M, K]; norm [K], eps) W^T + bias, then SiLU(gate) * up where `glu`, or + `residual`.
 
     With `glu` the matrix is gate over up and y is [M, N/2]. Without `norm`, x is taken as it is. `residual` [M, N]
-    is overwritten by the result and returned.
+    is overwritten by the result and returned; it does not go with `glu`.
     """
+    assert not (glu and residual is not None)
     options = {"norm": norm, "eps": eps, "glu": glu, "residual": residual, "out_dtype": out_dtype}
-    if not x.is_cuda or triton is None:
+    if not language.on_gpu(x):
         return linear_twin(x, weight, **options)
-    if len(x) <= tuning.most_rows(weight.format, weight.shape):
+    if len(x) <= tuning.most_rows(weight.format):
         return linear_kernel(x, weight, **options)
     if norm is not None:
         x = elementwise.rms_norm(x, norm, eps)
@@ -100,7 +102,7 @@ def argmax(x: Tensor, weight: Weight, best: Tensor, *, norm: Tensor, eps: float)
     `best` holds, for each row, the order-preserving bits of the logit above 2^32 - 1 - index, so its maximum is the
     largest logit at the smallest index; `take_best` reads and resets it.
     """
-    if x.is_cuda and triton is not None and len(x) <= tuning.most_rows(weight.format, weight.shape):
+    if language.on_gpu(x) and len(x) <= tuning.most_rows(weight.format):
         return argmax_kernel(x, weight, best, norm=norm, eps=eps)
     return argmax_twin(x, weight, best, norm=norm, eps=eps)
 
@@ -121,7 +123,7 @@ NOTHING = -(1 << 63)  # what `best` is before anything was folded in
 
 def take_best(best: Tensor, tokens: Tensor, input_pos: Tensor, last_pos: int) -> None:
     """Write the indices in `best` [M] to tokens [M, 1], move input_pos [M, 1] one on (to last_pos at most), reset."""
-    if not best.is_cuda or triton is None:
+    if not language.on_gpu(best):
         return take_best_twin(best, tokens, input_pos, last_pos)
     take_best_kernel(best, tokens, input_pos, last_pos)
 
@@ -135,56 +137,8 @@ def take_best_twin(best: Tensor, tokens: Tensor, input_pos: Tensor, last_pos: in
 def take_best_kernel(best: Tensor, tokens: Tensor, input_pos: Tensor, last_pos: int) -> None:
     BM = triton.next_power_of_2(len(best))
     _take_best_kernel[(1,)](
-        best, tokens, input_pos, len(best), last_pos, BM=BM, PDL=tuning.pdl(best), num_warps=1, **_pdl(best)
+        best, tokens, input_pos, len(best), last_pos, BM=BM, PDL=language.pdl(best), num_warps=1, **launch_options(best)
     )
-
-
-def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] in `dtype`."""
-    if weight.format == "float" or not weight.data.is_cuda or triton is None:
-        return dequantize_twin(weight, dtype)
-    return dequantize_kernel(weight, dtype)
-
-
-def dequantize_twin(weight: Weight, dtype: torch.dtype) -> Tensor:
-    N, K = weight.shape
-    if weight.format == "float":
-        return weight.data.to(dtype)
-    bits = 32 // PER_WORD[weight.format]
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=weight.data.device)
-    codes = (weight.data.view(N, -1, 1, 4) >> shifts[:, None]) & ((1 << bits) - 1)  # [N, chunk, byte, word]
-    codes = codes.reshape(N, K)
-    if weight.format == "int8":
-        return ((codes - 128).float() * weight.scale[:, None]).to(dtype)
-    if weight.format == "fp8":
-        return (codes.to(torch.uint8).view(torch.float8_e4m3fn).float() * weight.scale[:, None]).to(dtype)
-    zero = 8.0 if weight.zero is None else weight.zero.float()[:, :, None]
-    groups = codes.view(N, -1, weight.group).float() - zero
-    return (groups * weight.scale.float()[:, :, None]).to(dtype).view(N, K)
-
-
-def dequantize_kernel(weight: Weight, dtype: torch.dtype) -> Tensor:
-    N, K = weight.shape
-    out = torch.empty(N, K, dtype=dtype, device=weight.data.device)
-    grid = (N, triton.cdiv(K, 2048))
-    _dequantize_kernel[grid](
-        weight.data,
-        weight.scale,
-        weight.scale if weight.zero is None else weight.zero,
-        out,
-        K=K,
-        FORMAT=weight.format,
-        GROUP=weight.group,
-        ZERO=weight.zero is not None,
-        WORDS=2048 // PER_WORD[weight.format],
-        num_warps=4,
-    )
-    return out
-
-
-def _pdl(tensor: Tensor) -> dict:
-    """The launch option for programmatic dependent launch, which the interpreter does not know."""
-    return {"launch_pdl": True} if tuning.pdl(tensor) else {}
 
 
 def launch(
@@ -198,8 +152,11 @@ def launch(
     plan: tuning.Plan | None = None,
 ) -> None:
     """Run the kernel for few rows; `mode` is what becomes of the product: "store", "add" to out, "glu" or "argmax"."""
+    assert x.is_contiguous() and weight.data.is_contiguous()
     M, K = x.shape
     N = weight.shape[0] // (2 if mode == "glu" else 1)
+    if M > 1 and norm is not None and x.dtype == torch.float16:  # g * x before its division by the rms can be too large
+        x, norm = elementwise.rms_norm(x, norm, eps), None
     plan = plan or tuning.plan(weight.format, M, N, K, mode, x)
     BK, rows = min(plan.BK, triton.next_power_of_2(K)), plan.BN
     if M > 1:
@@ -229,51 +186,11 @@ def launch(
         MODE=mode,
         BN=plan.BN,
         BK=BK,
-        PDL=tuning.pdl(x),
+        PDL=language.pdl(x),
         num_warps=plan.num_warps,
         **more,
-        **_pdl(x),
+        **launch_options(x),
     )
-
-
-@jit
-def _wait(PDL: tl.constexpr):
-    """Where a kernel may run beside the one before it: wait for what that one wrote, and let the next one in."""
-    if PDL == 1:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    if PDL == 2:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@jit
-def _shift(words, left: tl.constexpr):
-    """Shift to the left, or, by a negative count, to the right without the sign."""
-    if left >= 0:
-        return words << left
-    else:
-        return (words >> -left) & ((1 << (32 + left)) - 1)
-
-
-@jit
-def _code(words, plane: tl.constexpr, FORMAT: tl.constexpr):
-    """The weights of one plane of packed words, fp32: exact codes without scale, int4 still with its zero."""
-    if FORMAT == "int8":
-        bits = (_shift(words, -8 * plane) & 0xFF) | 0x4B000000  # 2^23 + u
-        return bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
-    elif FORMAT == "int4":
-        bits = (_shift(words, -4 * plane) & 0xF) | 0x4B000000
-        return bits.to(tl.float32, bitcast=True) - 8388608.0
-    else:
-        return _fp8(words, plane) * 1.329227995784916e36  # 2^120
-
-
-@jit
-def _fp8(words, plane: tl.constexpr):
-    """A byte of e4m3 as fp32 times 2^-120: sign, exponent and mantissa moved into place, subnormals included."""
-    bits = (words << (24 - 8 * plane)) >> 4  # an arithmetic shift keeps the sign's bit
-    return (bits & -2014314496).to(tl.float32, bitcast=True)  # 0x87F00000
 
 
 @jit
@@ -323,7 +240,7 @@ def _vector_kernel(x, w, scale, zero, bias, norm, out, N, eps, K: tl.constexpr, 
         w2 = tl.load(w + (row + N)[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
     s1, b1 = _epilogue(scale, bias, row, FORMAT, BIAS)
     s2, b2 = _epilogue(scale, bias, row + N if GLU else row, FORMAT, BIAS)
-    _wait(PDL)
+    wait(PDL)
     r = 0.0
     if MODE == "add":
         r = tl.load(out + row).to(tl.float32)  # asked for as soon as it may be, used last
@@ -388,15 +305,15 @@ def _packed_dot(words, planes, total, bias, s, z, one, FORMAT: tl.constexpr, ZER
     acc = tl.zeros(words.shape, tl.float32)
     for plane in tl.static_range(len(planes)):
         if FORMAT == "fp8":
-            acc += _fp8(words, plane) * planes[plane]
+            acc += fp8(words, plane) * planes[plane]
         elif FORMAT == "int8":
-            bits = (_shift(words, 15 - 8 * plane) & 0x007F8000) | one
+            bits = (shift(words, 15 - 8 * plane) & 0x007F8000) | one
             acc += bits.to(tl.float32, bitcast=True) * planes[plane]
         elif plane % 2 == 0:
-            bits = (_shift(words, 15 - 4 * plane) & 0x00078000) | one  # 1 + u / 256
+            bits = (shift(words, 15 - 4 * plane) & 0x00078000) | one  # 1 + u / 256
             acc += bits.to(tl.float32, bitcast=True) * planes[plane]
         else:  # the same shift as the plane before
-            bits = (_shift(words, 19 - 4 * plane) & 0x00780000) | one  # 1 + u / 16
+            bits = (shift(words, 19 - 4 * plane) & 0x00780000) | one  # 1 + u / 16
             acc += bits.to(tl.float32, bitcast=True) * planes[plane]
     y = tl.sum(acc, 2)  # [C, BN]
     if FORMAT != "fp8":
@@ -427,7 +344,7 @@ def _packed_kernel(x, w, scale, zero, bias, norm, out, N, eps, one, depth, K: tl
     w2 = w1
     if GLU:
         w2 = _words(w, row + N, chunk, ROW, ROW)
-    _wait(PDL)
+    wait(PDL)
 
     # Three dimensions [C, 1, 4], as the words have: so the threads that load x are those that multiply by it.
     at = chunk[:, None, None] * PER + tl.arange(0, 4)[None, None, :]
@@ -508,7 +425,7 @@ def _tile(w, scale, zero, row, start, K: tl.constexpr, FORMAT: tl.constexpr, GRO
         words = tl.reshape(words, [BN, BK // PLANES // 4, 1, 4])
         plane = tl.arange(0, PLANES)[None, None, :, None]
         if FORMAT == "fp8":
-            bits = ((words << (24 - 8 * plane)) >> 4) & -2014314496  # 0x87F00000, as in _fp8
+            bits = ((words << (24 - 8 * plane)) >> 4) & -2014314496  # 0x87F00000, as in `fp8`
             v = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
         elif FORMAT == "int8":
             v = (((words >> (8 * plane)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
@@ -525,7 +442,7 @@ def _tile(w, scale, zero, row, start, K: tl.constexpr, FORMAT: tl.constexpr, GRO
         return tl.reshape(v.to(dtype), [BN, BK])
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _tile_kernel(x, w, scale, zero, bias, norm, out, N, eps, M, K: tl.constexpr, FORMAT: tl.constexpr,
                  GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, MODE: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -538,7 +455,7 @@ def _tile_kernel(x, w, scale, zero, bias, norm, out, N, eps, M, K: tl.constexpr,
     acc = tl.zeros([BN, BM], tl.float32)
     acc2 = tl.zeros([BN, BM], tl.float32)
     squares = tl.zeros([BK, BM], tl.float32)
-    _wait(PDL)
+    wait(PDL)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         h = tl.load(x + m[None, :] * K + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0.0)
@@ -579,32 +496,9 @@ def _tile_kernel(x, w, scale, zero, bias, norm, out, N, eps, M, K: tl.constexpr,
 @jit
 def _take_best_kernel(best, tokens, input_pos, M, last_pos, BM: tl.constexpr, PDL: tl.constexpr):
     m = tl.arange(0, BM)
-    _wait(PDL)
+    wait(PDL)
     packed = tl.load(best + m, mask=m < M, other=0)
     tl.store(tokens + m, 0xFFFFFFFF - (packed & 0xFFFFFFFF), mask=m < M)
     tl.store(best + m, tl.full([BM], -(1 << 63), tl.int64), mask=m < M)
     pos = tl.load(input_pos + m, mask=m < M, other=0)
     tl.store(input_pos + m, tl.minimum(pos + 1, last_pos), mask=m < M)
-
-
-@jit
-def _dequantize_kernel(w, scale, zero, out, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-                       ZERO: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
-    """WORDS packed words of one row, widened."""
-    PER: tl.constexpr = 8 if FORMAT == "int4" else 4
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    words = tl.load(w + row * (K // PER) + word, mask=word < K // PER, other=0)
-    if FORMAT != "int4":
-        s = tl.load(scale + row)
-    for plane in tl.static_range(PER):
-        k = word // 4 * (4 * PER) + word % 4 + 4 * plane
-        v = _code(words, plane, FORMAT)
-        if FORMAT == "int4":
-            at = row * (K // GROUP) + k // GROUP
-            s = tl.load(scale + at, mask=k < K, other=0.0).to(tl.float32)
-            if ZERO:
-                v -= tl.load(zero + at, mask=k < K, other=0.0).to(tl.float32)
-            else:
-                v -= 8.0
-        tl.store(out + row * K + k, (v * s).to(out.dtype.element_ty), mask=k < K)

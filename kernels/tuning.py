@@ -7,12 +7,13 @@ thought: enough bytes in flight (16 to 32 KB of weights a program), enough progr
 
 import functools
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.language import triton
 
 
 class Plan(NamedTuple):
@@ -36,18 +37,23 @@ class AttentionPlan(NamedTuple):
 TABLE = Path(__file__).with_name("tuned.json")
 
 
-HOPPER = "NVIDIA H100 80GB HBM3"  # what an H200 or another Hopper GPU does as, until it is tuned itself
+HOPPER = "NVIDIA H100 80GB HBM3"  # an H200 or another Hopper GPU runs as it, where it was not tuned itself
 
 
 @functools.cache
 def table(gpu: str) -> dict[str, list[int]]:
-    """Key -> plan for a GPU by its name in the table; empty for one that was never tuned."""
-    return _tables().get(gpu, {})
+    """Key -> plan for a GPU by its name; empty for one that was never tuned."""
+    return json.loads(TABLE.read_text()).get(gpu, {}) if TABLE.exists() else {}
 
 
-@functools.cache
-def _tables() -> dict[str, dict[str, list[int]]]:
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+def lookup(device: torch.device, key: str) -> list[int] | None:
+    """The plan that was measured for a key."""
+    if device.type != "cuda":
+        return None
+    found = table(torch.cuda.get_device_name(device)).get(key)
+    if found is None and torch.cuda.get_device_capability(device) == (9, 0):
+        found = table(HOPPER).get(key)
+    return found
 
 
 def key(format: str, M: int, N: int, K: int, mode: str) -> str:
@@ -57,10 +63,37 @@ def key(format: str, M: int, N: int, K: int, mode: str) -> str:
 
 
 @functools.cache
-def known_plan(gpu: str, format: str, M: int, N: int, K: int, mode: str) -> Plan:
-    """The table's plan, or the rule's."""
-    known = table(gpu).get(key(format, M, N, K, mode))
-    return Plan(*known) if known else rule(format, M, N, K, mode)
+def _plan(device: torch.device, format: str, M: int, N: int, K: int, mode: str, itemsize: int) -> Plan:
+    known = lookup(device, key(format, M, N, K, mode)) if itemsize == 2 else None
+    plan = Plan(*known) if known else rule(format, M, N, K, mode)
+    if M == 1 or device.type != "cuda":
+        return plan
+    limit = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return fit(plan, format, M, mode, itemsize, limit)
+
+
+def fit(plan: Plan, format: str, M: int, mode: str, itemsize: int, limit: int) -> Plan:
+    """A plan for tiles, cut down until what it keeps in shared memory is at most `limit` bytes."""
+    while tile_bytes(plan, format, M, mode, itemsize) > limit and plan.BK > 32:
+        plan = plan._replace(BK=plan.BK // 2)
+    while tile_bytes(plan, format, M, mode, itemsize) > limit and plan.depth > 1:
+        plan = plan._replace(depth=plan.depth - 1)
+    return plan
+
+
+def tile_bytes(plan: Plan, format: str, M: int, mode: str, itemsize: int) -> int:
+    """Shared memory that a tile kernel takes at most: the pipeline's blocks, and the widened weights beside them."""
+    halves = 2 if mode == "glu" else 1
+    weights = plan.BN * plan.BK * halves
+    x = plan.BK * max(8, 1 << (M - 1).bit_length()) * itemsize
+    stored = weights * {"float": 8 * itemsize, "int8": 8, "fp8": 8, "int4": 5}[format] // 8
+    widened = 0 if format == "float" else weights * itemsize
+    return (plan.depth - 1) * (stored + x) + stored + x + widened
+
+
+def forget() -> None:
+    """Let changes of the table count."""
+    _plan.cache_clear()
 
 
 def rule(format: str, M: int, N: int, K: int, mode: str) -> Plan:
@@ -79,10 +112,11 @@ def rule(format: str, M: int, N: int, K: int, mode: str) -> Plan:
 
 
 def plan(format: str, M: int, N: int, K: int, mode: str, x: Tensor) -> Plan:
-    return known_plan(gpu_name(x.device), format, M, N, K, mode)
+    """The table's plan, or the rule's, as far as the device has shared memory for it."""
+    return _plan(x.device, format, M, N, K, mode, x.element_size())
 
 
-def most_rows(format: str, shape: tuple[int, int]) -> int:
+def most_rows(format: str) -> int:
     """Up to how many rows the kernels for few rows are faster than the large product."""
     return 16 if format == "float" else 64
 
@@ -93,7 +127,7 @@ SHORT = 1024  # slots up to which attention runs by its plan for short contexts
 def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> AttentionPlan:
     """For a cache view of `slots`: in a short context latency counts, in a long one bandwidth."""
     kind = "short" if slots <= SHORT else "long"
-    known = table(gpu_name(x.device)).get(attention_key(n_kv_heads, head_dim, kind))
+    known = lookup(x.device, attention_key(n_kv_heads, head_dim, kind))
     if known and x.element_size() == 2:
         return AttentionPlan(*known)
     row = head_dim * x.element_size()  # bytes of a key; blocks of keys and values have to fit into shared memory
@@ -106,22 +140,3 @@ def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> Att
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
     """The table's key for attention over that many key/value heads; kind is "short" or "long"."""
     return f"attention {n_kv_heads}x{head_dim} {kind}"
-
-
-@functools.cache
-def gpu_name(device: torch.device) -> str:
-    """The name by which the table may know a device."""
-    if device.type != "cuda":
-        return device.type
-    name = torch.cuda.get_device_name(device)
-    return HOPPER if name not in _tables() and torch.cuda.get_device_capability(device) == (9, 0) else name
-
-
-@functools.cache
-def _pdl(device: torch.device) -> int:
-    return 1 if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) else 0
-
-
-def pdl(x: Tensor) -> int:
-    """Whether kernels are launched before the one before them ends (programmatic dependent launch, Hopper and up)."""
-    return 0 if "TRITON_INTERPRET" in os.environ else _pdl(x.device)

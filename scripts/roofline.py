@@ -66,7 +66,7 @@ def trace(generator: Generator, requests: Sequence[Request], length: int, *, ste
 
     def run(count: int) -> None:
         for _ in range(count):
-            generator.decode(length + 1, sampling)
+            generator.decode(length + steps, sampling)  # one graph for all of them
 
     generator.input_pos.fill_(length)
     run(3)  # the first compiles what is missing, the second captures the graph, the third replays it

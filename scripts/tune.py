@@ -1,6 +1,6 @@
 """Find the best plan of each matrix of a model on this GPU, and keep it in kernels/tuned.json.
 
-    python -m scripts.tune --checkpoint random:llama-3.1-8b --formats bfloat16,int8,int4,fp8 --rows 1,16
+    python -m scripts.tune --checkpoint random:llama-3.1-8b --formats float,int8,int4,fp8,attention --rows 1,16
 
 Weights are rotated through more memory than any cache holds, launches are captured in a graph as in a decode step,
 and processes compile the candidates beforehand. A later start takes the plans from the table and tunes nothing.
@@ -27,6 +27,7 @@ from kernels import linear, tuning
 from kernels.tuning import Plan
 from kernels.weight import Weight
 from model import ModelConfig, Transformer
+from quant.linears import GROUPS
 
 
 class Case(NamedTuple):
@@ -40,20 +41,33 @@ class Case(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        bits = {"float": 16, "int8": 8, "fp8": 8, "int4": 4.125}[self.format]
+        bits = {"float": 16, "int8": 8, "fp8": 8, "int4": 4 + 16 / self.group}[self.format]
         return int(self.N * self.K * (2 if self.mode == "glu" else 1) * bits / 8)
+
+    @property
+    def group(self) -> int:
+        """Of int4: the largest that divides a row, as a recipe takes it."""
+        return next((size for size in GROUPS if self.K % size == 0), GROUPS[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py; only its config is read")
-    formats: str = cli.option(
-        "float", "of float, int8, int4, fp8 and attention, separated by commas; int4 has groups of 128"
-    )
+    formats: str = cli.option("float", "of float, int8, int4, fp8 and attention, separated by commas")
     rows: str = cli.option("1", "how many rows of activations, separated by commas")
     jobs: int = cli.option(min(8, os.cpu_count() or 1), "processes that compile")
     dry_run: bool = cli.option(False, "leave kernels/tuned.json as it is")
     json: bool = cli.option(False, "print one JSON document")
+
+    def __post_init__(self) -> None:
+        for format in self.formats.split(","):
+            if format not in (*FORMATS, "attention"):
+                raise ValueError(f"--formats has {format!r}; there are {', '.join(FORMATS)} and attention")
+        if not all(count.isdecimal() and 1 <= int(count) <= 64 for count in self.rows.split(",")):
+            raise ValueError(f"--rows takes numbers from 1 to 64, separated by commas; got {self.rows!r}")
+
+
+FORMATS = ("float", "int8", "fp8", "int4")
 
 
 def cases(config: ModelConfig, formats: list[str], rows: list[int]) -> Iterator[Case]:
@@ -112,7 +126,7 @@ class Bench:
                 continue
             data = torch.randint(-(2**31), 2**31, (N, words), device="cuda", dtype=torch.int64).to(torch.int32)
             if case.format == "int4":
-                scale, group = torch.rand(N, case.K // 128, device="cuda").bfloat16(), 128
+                scale, group = torch.rand(N, case.K // case.group, device="cuda").bfloat16(), case.group
             else:
                 scale, group = torch.rand(N, device="cuda"), 0
             self.weights.append(Weight(case.format, data, scale, group=group))
@@ -171,7 +185,10 @@ def best_plans(todo: list[Case], jobs: int) -> dict[str, dict]:
         list(pool.map(compile_one, work, chunksize=4))
     for case in todo:
         bench = Bench(case, max(3, min(24, -(-400_000_000 // case.nbytes))))
-        times = sorted((bench.microseconds(plan), plan) for plan in candidates(case) if fits(plan, bench))
+        plans = [plan for plan in candidates(case) if fits(plan, bench)]
+        if not plans:  # a matrix too small to be worth it
+            continue
+        times = sorted((bench.microseconds(plan), plan) for plan in plans)
         found[tuning.key(case.format, case.rows, case.N, case.K, case.mode)] = {
             "plans": [list(plan) for _, plan in times],
             "us": times[0][0],
@@ -185,7 +202,7 @@ def refine(options: Options, format: str, rows: int, found: dict[str, dict], kee
     source = checkpoint.open_checkpoint(options.checkpoint)
     quantize = None if format == "float" else format
     model = checkpoint.load_model(source, device="cuda", dtype=torch.bfloat16, quantize=quantize)
-    table = tuning.table(tuning.gpu_name(torch.device("cuda", 0)))
+    table = tuning.table(torch.cuda.get_device_name())
     chosen = {key: result["plans"] for key, result in found.items()}
     table.update({key: plans[0] for key, plans in chosen.items()})
     best = step_time(model, rows)
@@ -211,7 +228,7 @@ def tune_attention(options: Options) -> dict[str, list[int]]:
     """The best plan for a short context, by the time of a whole step with int8 weights, where it weighs more."""
     source = checkpoint.open_checkpoint(options.checkpoint)
     model = checkpoint.load_model(source, device="cuda", dtype=torch.bfloat16, quantize="int8")
-    table = tuning.table(tuning.gpu_name(torch.device("cuda", 0)))
+    table = tuning.table(torch.cuda.get_device_name())
     key = tuning.attention_key(source.config.n_kv_heads, source.config.head_dim, "short")
     times = {}
     for plan in ATTENTION:
@@ -224,7 +241,7 @@ def tune_attention(options: Options) -> dict[str, list[int]]:
 
 def step_time(model: Transformer, rows: int) -> float:
     """Median microseconds of a greedy decode step over some 160 tokens of context."""
-    tuning.known_plan.cache_clear()
+    tuning.forget()
     generator = Generator(model, max_seq_len=256, batch_size=rows, compile=True)
     sampling = generator._sampling([Request(prompt=[0]) for _ in range(rows)])
     times = []

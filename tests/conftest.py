@@ -171,7 +171,7 @@ def tiny_directory(tmp_path_factory) -> Path:
 def cache_folder(tmp_path_factory) -> Path:
     """A folder for $TACHYON_CACHE that knows this machine's bandwidth already: no test waits for the probe."""
     folder = tmp_path_factory.mktemp("cache")
-    key = f"{hardware.device_name(torch.device('cpu'))}, torch {torch.__version__}"
+    key = hardware.bandwidth_key(torch.device("cpu"))
     (folder / "bandwidth.json").write_text(json.dumps({key: 1e10}))
     return folder
 

@@ -25,8 +25,11 @@ def test_the_best_device_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None
     assert pick_device(None) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device(None) == pick_device("cuda") == torch.device("cuda", 0)
     assert pick_device("cuda:1") == torch.device("cuda", 1)
+    assert current == [0, 0, 1]  # kernels are launched on the current device
     with pytest.raises(ValueError, match=r"--device cuda:2: this torch .* sees 2 CUDA devices; use --device cpu"):
         pick_device("cuda:2")
 

@@ -165,7 +165,7 @@ def test_the_table_has_a_line_for_each_part_the_gaps_and_the_step() -> None:
 def test_a_trace_repeats_the_step_at_one_context_and_counts_its_bytes(monkeypatch) -> None:
     generator = Generator(tiny_model(), max_seq_len=64, batch_size=2)
     generator.decoder = Decoder(generator.model, max_seq_len=64, batch_size=2)
-    generator.any_length = True
+    generator.fused = True
     generator.decoder.layers[1].heads = generator.decoder.layers[1].heads._replace(window=16)
     positions, decode = [], generator.decode
 
@@ -183,7 +183,7 @@ def test_a_trace_repeats_the_step_at_one_context_and_counts_its_bytes(monkeypatc
     monkeypatch.setattr(hardware, "read_bandwidth", lambda device, folder: 3e9)
     requests = [Request(prompt=[1, 2, 3]), Request(prompt=[4, 5, 6])]
     result = roofline.trace(generator, requests, 40, steps=5)
-    assert positions == [(41, [at, at]) for at in range(40, 45)]
+    assert positions == [(45, [at, at]) for at in range(40, 45)]
     assert (result["length"], result["steps"], result["rows"], result["read_gbs"]) == (40, 5, 2, 3.0)
     token = 2 * TINY.n_kv_heads * TINY.head_dim * 4  # of one layer, fp32
     assert part(result, "attention")["bytes"] == 2 * (40 + 16) * token
