@@ -4,7 +4,8 @@
 that give the tokenizer and the weights. Every source gives its weights as a stream of (Hugging Face name, tensor), so
 there is one loader: `load_model` puts each tensor into its rows of a fused parameter or a quantized linear, which lie
 on the device, and the host never holds more than one tensor besides the model. `save_model` runs the same key map the
-other way. This file refuses pickles, guesses nothing from a name, and knows nothing of how the model is run.
+other way, also for packed matrices, which then load as they lie. This file refuses pickles, guesses nothing from a
+name, and knows nothing of how the model is run.
 """
 
 import contextlib
@@ -31,9 +32,9 @@ from torch import Tensor, nn
 
 import gguf_reader
 import hardware
-from hf_config import PRESETS, hf_config, read_config
+from hf_config import OUR_METHOD, PRESETS, hf_config, read_config
 from model import ModelConfig, Transformer
-from quant.linears import RECIPES, QuantizedLinear, quantize_model
+from quant.linears import GROUPS, RECIPES, QuantizedLinear, Recipe, Storage, quantize_model
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 log = logging.getLogger("tachyon")
@@ -51,6 +52,12 @@ class Checkpoint:
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # Hugging Face's names, stored dtype, CPU, one at a time
     read_tokenizer: Callable[[], Tokenizer]
     random: bool = False  # no stored weights: `load_model` draws them on the device
+    recipe: Recipe | None = None  # how the stored weights are quantized, if they are
+
+    @property
+    def quantized(self) -> str | None:
+        """The recipe's name, as figures give it."""
+        return str(self.recipe) if self.recipe else None
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -108,7 +115,7 @@ _KEYS = {  # our module: the modules in Hugging Face's layout whose rows it hold
 
 
 class Slot(NamedTuple):
-    """The rows of one of our parameters that hold one tensor of a checkpoint."""
+    """The rows of one of our parameters, or of a packed matrix, that hold one tensor of a checkpoint."""
 
     parameter: str
     start: int
@@ -124,25 +131,37 @@ def key_map(model: Transformer) -> dict[str, Slot]:
     q, kv, ffn = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.ffn_dim
     fused = {"qkv": (q, kv, kv), "gate_up": (ffn, ffn)}
     slots = {}
-    for name, parameter in model.named_parameters():
+    for name, weight in _weights(model).items():
         module, _, kind = name.rpartition(".")
-        layer = re.search(r"\d+", module)
-        parts = _KEYS.get(re.sub(r"\d+", "{}", module))
-        if parts is None:
-            raise ValueError(f"{name} has no name in Hugging Face's layout")
         start = 0
-        for part, rows in zip(parts, fused.get(module.rpartition(".")[2], (len(parameter),)), strict=True):
-            full_name = f"{part.format(layer and layer[0])}.{kind}"
-            slots[full_name] = Slot(name, start, (rows, *parameter.shape[1:]))
+        for part, rows in zip(_parts(module), fused.get(module.rpartition(".")[2], (len(weight),)), strict=True):
+            slots[f"{part}.{kind}"] = Slot(name, start, (rows, *weight.shape[1:]))
             start += rows
     return slots
+
+
+def _weights(model: Transformer) -> dict[str, Tensor]:
+    """Everything that a checkpoint stores of `model`, by our names: parameters, and what quantized linears hold."""
+    weights = model.state_dict()
+    if _shares_head(model):
+        del weights["head.weight"]
+    return weights
+
+
+def _parts(module: str) -> tuple[str, ...]:
+    """The modules in Hugging Face's layout whose rows our `module` holds, in order."""
+    layer = re.search(r"\d+", module)
+    parts = _KEYS.get(re.sub(r"\d+", "{}", module))
+    if parts is None:
+        raise ValueError(f"{module} has no name in Hugging Face's layout")
+    return tuple(part.format(layer and layer[0]) for part in parts)
 
 
 class _Target(NamedTuple):
     """Where the rows of one matrix go: a parameter, a quantized linear, or both for an embedding and its tied head."""
 
     parameter: Tensor | None
-    linear: QuantizedLinear | None
+    linear: str | None  # its name in the model
 
 
 def load_model(
@@ -150,41 +169,66 @@ def load_model(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    quantize: str | None = None,
+    quantize: str | Recipe | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    packed: Callable[[str, QuantizedLinear, int, Tensor], None] | None = None,
 ) -> Transformer:
     """The checkpoint's model on `device` with every weight in `dtype`, in eval mode and without gradients.
 
-    `quantize` names a recipe of `quant.linears.RECIPES`: each tensor is rounded as it comes in, on the device, so the
-    unquantized model is never held. ValueError where a weight is NaN or infinite. `progress(done, total)` is called
-    in bytes of the weights in `dtype`. `seed` is for random checkpoints only.
+    `quantize` is a recipe, or the name of one in `quant.linears.RECIPES`: each tensor is rounded to nearest as it comes
+    in, on the device, so the unquantized model is never held. A checkpoint that is quantized loads as it is, and
+    `quantize` for it is a ValueError, as is a weight that is NaN or infinite in a matrix to be quantized.
+
+    `progress(done, total)` is called in bytes of what is read, in the types that it gets; `packed(name, linear, start,
+    rows)` with the rows [n, K] that were rounded to be rows start .. start + n of the linear called `name`. `seed` is
+    for random checkpoints only.
     """
-    if quantize is not None and quantize not in RECIPES:
-        raise ValueError(f"unknown quantization {quantize!r}; there are {', '.join(RECIPES)}")
+    recipe = _recipe(checkpoint, quantize)
+    rounds = recipe is not None and (quantize is not None or checkpoint.random)
     device = torch.device(device)
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
+    if recipe is not None and not rounds:
+        quantize_model(model, recipe, dtype=dtype)
     slots = key_map(model)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if quantize is not None:
-        quantize_model(model, RECIPES[quantize], dtype=dtype)
+    shapes = {name: weight.shape for name, weight in _weights(model).items()}
+    if rounds:
+        quantize_model(model, recipe, dtype=dtype)
     _allocate(model, device=device, dtype=dtype)
-    targets = {name: _target(model, name) for name in shapes}
+    weights = _weights(model)
+    targets = {name: _target(model, name) if rounds else _Target(weights[name], None) for name in shapes}
     if checkpoint.random:
         loaded = _random_weights(shapes, targets, device=device, dtype=dtype, seed=seed)
     else:
         loaded = _stream_weights(checkpoint, slots, targets, device=device, dtype=dtype)
-    total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    total = sum(shape.numel() * (dtype if rounds else weights[name].dtype).itemsize for name, shape in shapes.items())
     done = 0
-    for linear, start, rows in loaded:
-        if linear is not None:
+    for name, start, rows in loaded:
+        if name is not None:
+            linear = model.get_submodule(name)
             linear.pack_rows(start, rows)
+            if packed is not None:
+                packed(name, linear, start, rows)
         done += rows.nbytes
         if progress is not None:
             progress(done, total)
-    _check_scales({name: target.linear.scale for name, target in targets.items() if target.linear}, checkpoint, dtype)
+    _check_scales(model, targets, checkpoint, dtype)
     return model.eval()
+
+
+def _recipe(checkpoint: Checkpoint, quantize: str | Recipe | None) -> Recipe | None:
+    """How the checkpoint's model is to be quantized, or is already."""
+    if quantize is None:
+        return checkpoint.recipe
+    if checkpoint.recipe is not None:
+        raise ValueError(
+            f"{checkpoint.name} is quantized already ({checkpoint.recipe}): load it as it is, "
+            "or quantize the checkpoint that it was made from"
+        )
+    if isinstance(quantize, str) and quantize not in RECIPES:
+        raise ValueError(f"unknown quantization {quantize!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[quantize] if isinstance(quantize, str) else quantize
 
 
 def _allocate(model: Transformer, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -211,9 +255,9 @@ def _target(model: Transformer, name: str) -> _Target:
     path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, QuantizedLinear) and kind == "weight":
-        return _Target(None, module)
+        return _Target(None, path)
     feeds_head = module is model.embed and model.config.tied_head and not _shares_head(model)
-    return _Target(getattr(module, kind), model.head if feeds_head else None)
+    return _Target(getattr(module, kind), "head" if feeds_head else None)
 
 
 def _stream_weights(
@@ -223,10 +267,10 @@ def _stream_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[tuple[QuantizedLinear | None, int, Tensor]]:
+) -> Iterator[tuple[str | None, int, Tensor]]:
     """Copy each stored tensor to the device, into its parameter if it has one; gives what is yet to be packed.
 
-    That is the quantized linear, if any, the first row, and the rows in `dtype`.
+    That is the quantized linear's name, if any, the first row, and the rows in `dtype`.
     """
     missing, left_over = dict(slots), []
     for name, tensor in checkpoint.tensors():
@@ -240,25 +284,32 @@ def _stream_weights(
                 f"{checkpoint.name}: {name} has shape {list(tensor.shape)}, "
                 f"but the config asks for {list(slot.shape)}; they are not of one model"
             )
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"{checkpoint.name}: {name} is stored as {tensor.dtype}; only float weights are supported")
         parameter, linear = targets[slot.parameter]
+        codes = parameter is not None and parameter.dtype == torch.int32
+        if tensor.dtype not in ((torch.int32,) if codes else (torch.float32, torch.float16, torch.bfloat16)):
+            what = "packed codes are int32" if codes else "only float weights are supported"
+            raise ValueError(f"{checkpoint.name}: {name} is stored as {tensor.dtype}; {what}")
         yield linear, slot.start, tensor.to(device, dtype) if parameter is None else slot.rows(parameter).copy_(tensor)
     problems = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has unknown", left_over)) if names]
     if problems:
         raise ValueError(f"{checkpoint.name} does not match its config: it {' and '.join(problems)}")
 
 
-def _check_scales(scales: Mapping[str, Tensor], checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def _check_scales(
+    model: Transformer, targets: Mapping[str, _Target], checkpoint: Checkpoint, dtype: torch.dtype
+) -> None:
     """A NaN or an infinity leaves a scale that is not finite: found here, with one wait for the device."""
+    rounded = {target.linear: name for name, target in targets.items() if target.linear}
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    scales = {rounded.get(name, f"{name}.scale"): linear.scale for name, linear in linears}
     if not scales:
         return
     finite = torch.stack([scale.isfinite().all() for scale in scales.values()]).tolist()
     bad = [name for name, fine in zip(scales, finite, strict=True) if not fine]
     if bad:
         raise ValueError(
-            f"{checkpoint.name}: {_few(bad)} has NaN or infinity as {str(dtype).removeprefix('torch.')} and cannot be "
-            "quantized; take another dtype or another checkpoint"
+            f"{checkpoint.name}: {_few(bad)} has NaN or infinity as {str(dtype).removeprefix('torch.')}, which "
+            "quantized weights cannot hold; take another dtype or another checkpoint"
         )
 
 
@@ -277,7 +328,7 @@ def _random_weights(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-) -> Iterator[tuple[QuantizedLinear | None, int, Tensor]]:
+) -> Iterator[tuple[str | None, int, Tensor]]:
     """As `_stream_weights` gives them, whole matrices drawn from N(0, 0.02^2); norms are ones."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in shapes.items():
@@ -296,16 +347,23 @@ def save_model(
     *,
     tokenizer: Tokenizer | None = None,
     eos_ids: Sequence[int] = (),
+    recipe: Recipe | None = None,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write `model` as a Hugging Face directory that `transformers` loads; `directory` appears whole or not at all."""
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise ValueError("saving quantized models is not supported; load the model unquantized to save it")
-    directory = directory.expanduser().resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} already exists; choose another name or remove it")
-    slots, weights = key_map(model), dict(model.named_parameters())
+    """Write `model` as a Hugging Face directory; `directory` appears whole or not at all.
+
+    `transformers` loads it, unless the model is quantized: then its packed tensors lie as quant/README.md says, and
+    `recipe`, which it was quantized with, goes into config.json. ValueError if the directory exists, OSError if it
+    cannot be written.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    if bool(linears) != bool(recipe):
+        raise ValueError(f"a recipe describes a quantized model; got {recipe} for {len(linears)} quantized linears")
+    directory = new_directory(directory)
+    slots, weights = key_map(model), _weights(model)
     config = hf_config(model.config) | {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+    if recipe is not None:
+        config["quantization_config"] = _write_recipe(recipe, linears)
     eos = list(eos_ids or (tokenizer.eos_ids if tokenizer else ()))
     # An id that is left out would be the architecture's own default, which may lie outside the vocabulary.
     special = {
@@ -332,10 +390,24 @@ def save_model(
         for file, names in zip(files, shards, strict=True):
             # Clones: rows of one fused parameter share memory, which safetensors refuses to write.
             rows = {name: slots[name].rows(weights[slots[name].parameter]).detach().cpu().clone() for name in names}
-            save_file(rows, part / file, metadata={"format": "pt"})
+            try:
+                save_file(rows, part / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"cannot write {directory / file} ({error}); nothing is left of it") from None
         part.replace(directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)  # already gone, unless something failed
+
+
+def new_directory(directory: Path) -> Path:
+    """The absolute path of a directory to be made; ValueError if something has that name or it cannot be made."""
+    directory = directory.expanduser().resolve()
+    above = next(parent for parent in directory.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"cannot write {directory}: {above} is not a directory that can be written; choose another")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} already exists; choose another name or remove it")
+    return directory
 
 
 def _shards(slots: Mapping[str, Slot], weights: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
@@ -355,6 +427,70 @@ def _write_json(path: Path, document: Mapping[str, object]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+# ---- A quantized checkpoint's recipe --------------------------------------------------------------------------------
+
+
+def _write_recipe(recipe: Recipe, linears: Mapping[str, QuantizedLinear]) -> dict:
+    """`quantization_config` of a config.json: the recipe, and the linears that are stored otherwise."""
+    raw = {"quant_method": OUR_METHOD, "method": recipe.method, **_write_storage(recipe.format, recipe.group_size)}
+    if recipe.format == "int4":
+        raw["symmetric"] = recipe.symmetric
+    usual = Storage(recipe.format, recipe.group_size if recipe.format == "int4" else 0)
+    raw["exceptions"] = {
+        part: _write_storage(linear.format, linear.group)
+        for name, linear in linears.items()
+        if Storage(linear.format, linear.group) != usual
+        for part in _parts(name)
+    }
+    return raw
+
+
+def _write_storage(format: str, group: int) -> dict:
+    return {"format": format, "group_size": group} if format == "int4" else {"format": format}
+
+
+def _read_recipe(config: Mapping, file: Path) -> Recipe | None:
+    """What `_write_recipe` put into a config.json; None if there is nothing.
+
+    Every exception is the file's: no rule of `Recipe` decides how an old checkpoint's linears lie.
+    """
+    raw = config.get("quantization_config")
+    if not raw:
+        return None
+    ours = {part: module for module, parts in _KEYS.items() for part in parts}
+    format, group = _read_storage(raw, "quantization_config", file)
+    method, symmetric, others = raw.get("method", "rtn"), raw.get("symmetric", True), raw.get("exceptions", {})
+    if not (isinstance(method, str) and isinstance(symmetric, bool) and isinstance(others, dict)):
+        raise ValueError(f"{file}: quantization_config has a method, symmetric or exceptions of the wrong type")
+    exceptions: dict[str, Storage] = {}
+    for name, storage in others.items():
+        layer = re.search(r"\d+", name)
+        module = ours.get(re.sub(r"\d+", "{}", name))
+        if module is None:
+            raise ValueError(
+                f"{file}: quantization_config has an exception for {name!r}, which this model does not have"
+            )
+        module = module.format(layer and layer[0])
+        stored = _read_storage(storage, name, file)
+        if exceptions.setdefault(module, stored) != stored:
+            raise ValueError(f"{file}: {name} is stored unlike {_parts(module)[0]}; the two make one matrix here")
+    head = exceptions.get("head", Storage(format)).format
+    return Recipe(
+        format=format, head=head, method=method, group_size=group or 128, symmetric=symmetric, exceptions=exceptions
+    )
+
+
+def _read_storage(raw: object, name: str, file: Path) -> Storage:
+    format, group = (raw.get("format"), raw.get("group_size")) if isinstance(raw, dict) else (None, None)
+    if format not in ("int8", "int4", "fp8"):
+        raise ValueError(f"{file}: {name} has the format {format!r}; there are int8, int4 and fp8")
+    if format != "int4":
+        return Storage(format)
+    if group not in GROUPS:
+        raise ValueError(f"{file}: {name} has the group_size {group!r}; there are {', '.join(map(str, GROUPS))}")
+    return Storage(format, group)
+
+
 # ---- Hugging Face directory ---------------------------------------------------------------------------------------
 
 _INDEX = "model.safetensors.index.json"
@@ -369,7 +505,7 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     if not config_file.is_file():
         raise FileNotFoundError(f"{directory} has no config.json; give a directory in Hugging Face layout")
     raw = _read_json(config_file)
-    config = read_config(raw, config_file)
+    config, recipe = read_config(raw, config_file), _read_recipe(raw, config_file)
     shards = _weight_files(directory)
 
     tokenizer = functools.cache(functools.partial(load_tokenizer, directory))
@@ -379,6 +515,7 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
         eos_ids=_eos_ids(directory, raw, tokenizer),
         tensors=functools.partial(_read_shards, shards),
         read_tokenizer=tokenizer,
+        recipe=recipe,
     )
 
 
@@ -610,7 +747,7 @@ def _verify(path: Path, sha256: str) -> None:
 
 
 def _open_random(spec: str) -> Checkpoint:
-    what = spec.removeprefix("random:")
+    what, recipe = spec.removeprefix("random:"), None
     if what in PRESETS:
         config = PRESETS[what]
     elif what.endswith(".json") or "/" in what:
@@ -618,7 +755,8 @@ def _open_random(spec: str) -> Checkpoint:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
-        config = read_config(_read_json(path), path)
+        raw = _read_json(path)
+        config, recipe = read_config(raw, path), _read_recipe(raw, path)
     else:
         raise ValueError(f"unknown preset {what!r}; there are {', '.join(PRESETS)}, or give random:path/to/config.json")
 
@@ -628,4 +766,6 @@ def _open_random(spec: str) -> Checkpoint:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{spec} has no stored weights: they are drawn on the device")
 
-    return Checkpoint(name=spec, config=config, eos_ids=(), tensors=tensors, read_tokenizer=tokenizer, random=True)
+    return Checkpoint(
+        name=spec, config=config, eos_ids=(), tensors=tensors, read_tokenizer=tokenizer, random=True, recipe=recipe
+    )

@@ -144,7 +144,8 @@ class Generator:
         for begin in range(start, T, chunk):
             end = min(begin + chunk, T)
             input_pos = torch.arange(begin, end, device=self.device).expand(B, -1)  # [B, T]
-            view = self.cache.narrow(end, rows=B, tail=end - begin > 1)
+            one = end - begin == 1  # runs as a decode step does
+            view = self.cache.narrow(self._bucket(end) if one else end, rows=B, tail=not one)
             hidden = self.decoder.hidden(padded[:, begin:end], input_pos, view)  # [B, T, C]
             here = hidden[rows, (last - begin).clamp(0, end - begin - 1)]  # [B, C]
             x = here if x is None else torch.where((last >= begin)[:, None], here, x)
@@ -177,7 +178,7 @@ class Generator:
         longest = max(len(r.prompt) for r in requests)
         end = min(longest + max(r.max_new_tokens for r in requests), self.max_seq_len)
         with torch.no_grad():
-            self.prefill([[0] * min(longest, 16)] * B, 0, sampling)
+            self.prefill([[0] * min(longest, 128)] * B, 0, sampling)  # longer ones run the same code
             for bucket in sorted({self._bucket(length) for length in range(longest + 1, end + 1)}):
                 for _ in range(2):
                     self.decode(bucket, sampling)
@@ -356,6 +357,7 @@ class Meter:
 
     def stats(self, *, load_s: float, compile_s: float, quantize: str | None = None) -> dict:
         device = self.generator.device
+        peak = hardware.peak_memory_bytes(device)  # before the probe takes more
         bandwidth = hardware.read_bandwidth(device, checkpoint.cache_dir())
         per_s = self.decode_bytes / self.decode_s if self.decode_s else 0.0
         return {
@@ -368,7 +370,7 @@ class Meter:
             "bandwidth_fraction": per_s / bandwidth,
             "compile_s": compile_s,
             "load_s": load_s,
-            "peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9,
+            "peak_memory_gb": peak / 1e9,
             "device": hardware.device_name(device),
             "dtype": str(self.generator.cache.layers[0].k.dtype).removeprefix("torch."),
             "quantize": quantize,
@@ -587,7 +589,8 @@ def main(arguments: list[str]) -> None:
         generator.warm_up(requests[:batch_size] or [Request(prompt=[0, 0], params=params, max_new_tokens=256)])
     compile_s = time.perf_counter() - start
     meter = Meter(generator)
-    figures = functools.partial(meter.stats, load_s=load_s, compile_s=compile_s, quantize=options.quantize)
+    quantized = options.quantize or source.quantized
+    figures = functools.partial(meter.stats, load_s=load_s, compile_s=compile_s, quantize=quantized)
     if options.interactive:
 
         def answer(prompt: list[int]) -> Iterator[str]:

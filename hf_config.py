@@ -10,6 +10,8 @@ from pathlib import Path
 
 from model import ModelConfig, RopeScaling
 
+OUR_METHOD = "tachyon"  # the `quant_method` of a config.json whose weights lie as quant/README.md says
+
 
 def _llama(raw: Mapping, n_layers: int) -> dict:
     bias = bool(raw.get("attention_bias"))
@@ -65,7 +67,11 @@ def read_config(raw: Mapping, file: Path) -> ModelConfig:
         raise ValueError(f"{file}: architecture {architecture!r} is unknown; supported: {', '.join(_ARCHITECTURES)}")
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"{file}: quantization {method!r} is not supported; choose the unquantized checkpoint")
+        if method != OUR_METHOD:
+            raise ValueError(
+                f"{file}: quantization {method!r} is not supported; choose the unquantized checkpoint (and quantize it "
+                "with quantize.py, whose checkpoints are read)"
+            )
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"{file}: hidden_act {activation!r} is not supported; only silu is")

@@ -9,8 +9,8 @@ its parts stream in, exactly as it would be whole, and a better method has only 
 to `store_rows`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -163,10 +163,11 @@ class QuantizedLinear(nn.Module):
         if self.zero is not None:
             self.zero[here] = rows.zero
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix [N, K], computed in fp32."""
-        codes = self.unpack(self.data)
-        return self._decode(codes.view(len(codes), -1, self.group or self.in_features)).to(dtype).flatten(1)
+    def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """The matrix [N, K], or those rows of it, computed in fp32."""
+        codes = self.unpack(self.data[rows]).unflatten(1, (-1, self.group or self.in_features))  # [n, G, group]
+        zero = None if self.zero is None else self.zero[rows]
+        return self._decode(codes, self.scale[rows], zero).to(dtype).flatten(1)
 
     @property
     def packed(self) -> Weight:
@@ -179,7 +180,7 @@ class QuantizedLinear(nn.Module):
         x_P = x.unflatten(-1, (-1, P, 4)).transpose(-2, -3).flatten(-3)  # [..., P * W]
         shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=x.device).view(P, 1, 1)
         words = self.data.view(self.out_features, 1, -1, self.group // P or self.data.shape[1])  # [N, 1, G, W / G]
-        weight = self._decode((words >> shifts) & (2**self.bits - 1))  # [N, P, G, W / G]
+        weight = self._decode((words >> shifts) & (2**self.bits - 1), self.scale, self.zero)  # [N, P, G, W / G]
         if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features:
             # As in `model.Linear`: one pass over the matrix. The compiler inlines how an operand comes about and would
             # sort x anew for every row, but what `as_strided` looks at it has to write out.
@@ -189,10 +190,10 @@ class QuantizedLinear(nn.Module):
             return y.to(x.dtype).view(*x.shape[:-1], -1)
         return F.linear(x_P, weight.to(x.dtype).flatten(1), self.bias)
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        """fp32 weights of codes [N, ..., G, any]."""
-        shape = (self.out_features, *[1] * (codes.dim() - 3), codes.shape[-2], 1)
-        return self.decode(codes, self.scale.view(shape), None if self.zero is None else self.zero.view(shape))
+    def _decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """fp32 weights of codes [n, ..., G, any]."""
+        shape = (len(codes), *[1] * (codes.dim() - 3), codes.shape[-2], 1)
+        return self.decode(codes, scale.view(shape), None if zero is None else zero.view(shape))
 
     def extra_repr(self) -> str:
         kind = f"{self.format}, group={self.group}, symmetric={self.zero is None}" if self.group else self.format
@@ -281,6 +282,13 @@ class Int4Linear(QuantizedLinear):
 # ---- Which linears --------------------------------------------------------------------------------------------------
 
 
+class Storage(NamedTuple):
+    """How one linear is stored."""
+
+    format: str
+    group: int = 0  # 4 bits only
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a model's linears are stored. Embedding, norms and biases stay in the model's dtype."""
@@ -290,20 +298,38 @@ class Recipe:
     method: str = "rtn"  # what chose the codes; the layout does not depend on it
     group_size: int = 128  # 4 bits: how many neighbours share a scale, at most
     symmetric: bool = True  # 4 bits: without zeros of their own
+    exceptions: Mapping[str, Storage] = field(default_factory=dict)  # by linear; what a checkpoint found to be so
 
-    def linear(self, name: str, linear: Linear, dtype: torch.dtype) -> QuantizedLinear:
-        """What takes the place of the model's `linear` called `name`; ValueError where it cannot be packed.
+    def __str__(self) -> str:
+        """In a word, as figures and messages name it: "int8", "int4", "int4-g64-asymmetric", "gptq-int4"."""
+        words = [self.format] if self.method == "rtn" else [self.method, self.format]
+        if self.format == "int4":
+            words += [f"g{self.group_size}"] if self.group_size != 128 else []
+            words += [] if self.symmetric else ["asymmetric"]
+        return "-".join(words)
+
+    def storage(self, name: str, K: int) -> Storage:
+        """How the linear called `name` is stored, whose rows have K weights; ValueError where they cannot be packed.
 
         A row that 4-bit groups of the wanted size do not divide gets smaller ones, and 8 bits where none do.
         """
-        K, N, bias = linear.in_features, linear.out_features, linear.bias is not None
-        format = self.head if name == "head" else self.format
+        if name in self.exceptions:
+            return self.exceptions[name]
         if K % 16:
             raise ValueError(
                 f"{name} has rows of {K} weights, and only multiples of 16 can be quantized; load the model without"
             )
+        format = self.head if name == "head" else self.format
+        if format != "int4":
+            return Storage(format)
         group = next((size for size in GROUPS if size <= self.group_size and K % size == 0), None)
-        if format == "int4" and group is not None:
+        return Storage("int8") if group is None else Storage("int4", group)
+
+    def linear(self, name: str, linear: Linear, dtype: torch.dtype) -> QuantizedLinear:
+        """What takes the place of the model's `linear` called `name`; ValueError where it cannot be packed."""
+        K, N, bias = linear.in_features, linear.out_features, linear.bias is not None
+        format, group = self.storage(name, K)
+        if format == "int4":
             return Int4Linear(K, N, bias=bias, dtype=dtype, group=group, symmetric=self.symmetric)
         return (Fp8Linear if format == "fp8" else Int8Linear)(K, N, bias=bias, dtype=dtype)
 

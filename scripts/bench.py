@@ -79,7 +79,7 @@ def measure(options: Options, params: SamplingParams) -> dict:
         for _ in meter.run(requests()):
             first_token_s = first_token_s or hardware.process_age()
         generator.cached = []  # every run prefills its whole prompt
-        runs.append(meter.stats(load_s=load_s, compile_s=compile_s, quantize=options.quantize))
+        runs.append(meter.stats(load_s=load_s, compile_s=compile_s, quantize=options.quantize or source.quantized))
     median = {
         name: statistics.median(run[name] for run in runs[1:])
         for name in ("ttft_s", "decode_tok_s", "decode_gbs", "bandwidth_fraction")

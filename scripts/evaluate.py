@@ -271,7 +271,7 @@ def evaluate(options: Options) -> dict:
     result = {
         "checkpoint": options.checkpoint,
         "dtype": options.dtype,
-        "quantize": options.quantize,
+        "quantize": options.quantize or source.quantized,
         "device": hardware.device_name(device),
         "batch": options.batch,
         "compile": options.compile,

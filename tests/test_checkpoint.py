@@ -325,9 +325,10 @@ def test_unknown_quantization_lists_what_there_is(zoo):
         load_quantized(zoo / "llama3", "int3")
 
 
-def test_a_quantized_model_is_not_saved(zoo, tmp_path):
-    with pytest.raises(ValueError, match="saving quantized models is not supported"):
-        save_model(load_quantized(zoo / "llama3", "int8"), tmp_path / "out")
+def test_a_recipe_is_saved_with_a_quantized_model_and_no_other(zoo, tmp_path):
+    for model, recipe in ((load_quantized(zoo / "llama3", "int8"), None), (load(zoo / "llama3"), RECIPES["int8"])):
+        with pytest.raises(ValueError, match=r"a recipe describes a quantized model; got .* for (17|0) quantized"):
+            save_model(model, tmp_path / "out", recipe=recipe)
     assert list(tmp_path.iterdir()) == []
 
 

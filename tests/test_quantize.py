@@ -1,0 +1,447 @@
+"""quantize.py and the checkpoints that it writes: what they hold, that they load as they were, what is refused."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import cli
+import generate
+import quantize
+from checkpoint import load_model, open_checkpoint, save_model
+from model import Transformer
+from quant.linears import QuantizedLinear, Recipe, Storage
+from scripts import bench, evaluate
+from tests.conftest import TINY, tiny_model
+from tokenizer import load_tokenizer
+
+ROOT = Path(quantize.__file__).parent
+FORMATS = {  # how the command line asks for it, and the recipe that it means
+    "int8": (["--bits", "8"], Recipe(format="int8", head="int8")),
+    "fp8": (["--bits", "8", "--format", "fp"], Recipe(format="fp8", head="fp8")),
+    "int4-asymmetric": (["--bits", "4"], Recipe(format="int4", head="int8", symmetric=False)),
+    "int4": (["--bits", "4", "--symmetric"], Recipe(format="int4", head="int8")),
+    "int4-g32-asymmetric": (
+        ["--group-size", "32"],
+        Recipe(format="int4", head="int8", group_size=32, symmetric=False),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(cache_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TACHYON_CACHE", str(cache_folder))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_directory: Path, tmp_path_factory) -> dict[str, Path]:
+    """Models whose rows hold groups of 128, 64 and 32, and some that none divides; tied, biased."""
+    folder, tokenizer = tmp_path_factory.mktemp("sources"), load_tokenizer(tiny_directory)
+    config = replace(TINY, vocab_size=tokenizer.vocab_size, dim=128, n_heads=4, head_dim=16, ffn_dim=48)
+    configs = {
+        "plain": config,
+        "tied": replace(config, tied_head=True, ffn_dim=160),
+        "biased": replace(config, architecture="Qwen2ForCausalLM", qkv_bias=True, ffn_dim=256),
+    }
+    for seed, (name, config) in enumerate(configs.items()):
+        save_model(tiny_model(config, seed=seed), folder / name, tokenizer=tokenizer)
+    return {name: folder / name for name in configs}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[str, str]]:
+    """quantize.py, or another command, in this process; what it prints on stdout and on stderr."""
+
+    def run(*options: object, main: Callable[[list[str]], None] = quantize.main) -> tuple[str, str]:
+        capsys.readouterr()
+        cli.run(main, [*map(str, options), "--device", "cpu"])
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., str]:
+    """The one line with which a command line ends that cannot work; it leaves no new file."""
+
+    def refused(*options: object, main: Callable[[list[str]], None] = quantize.main) -> str:
+        capsys.readouterr()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main, [*map(str, options), "--device", "cpu"])
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out) == (2, "")
+        assert sorted(tmp_path.rglob("*")) == before
+        lines = [line for line in err.splitlines() if not line.startswith("[")]  # progress
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+        return lines[0]
+
+    return refused
+
+
+def load(spec: object, dtype: torch.dtype = torch.bfloat16, **options) -> Transformer:
+    return load_model(open_checkpoint(str(spec)), device="cpu", dtype=dtype, **options)
+
+
+def same(a: Transformer, b: Transformer) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def kinds(model: Transformer) -> dict[str, Storage]:
+    return {
+        name: Storage(linear.format, linear.group)
+        for name, linear in model.named_modules()
+        if isinstance(linear, QuantizedLinear)
+    }
+
+
+def edit_recipe(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    raw["quantization_config"] |= changes
+    path.write_text(json.dumps(raw))
+
+
+# ---- What is written, and read again ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["plain", "tied", "biased"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_checkpoint_loads_as_rounding_on_the_fly_would_make_it_bit_for_bit(name, model, sources, run, tmp_path):
+    options, recipe = FORMATS[name]
+    run("--checkpoint", sources[model], *options, "--output", tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    assert same(loaded, load(sources[model], quantize=recipe))
+    assert open_checkpoint(str(tmp_path / "out")).quantized == name
+    assert loaded.embed.weight is not getattr(loaded.head, "weight", None)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_it_generates_what_rounding_on_the_fly_generates(name, sources, run, tmp_path):
+    options, recipe = FORMATS[name]
+    run("--checkpoint", sources["tied"], *options, "--output", "out", "--dtype", "float32")
+    generation = ["--prompt", "The quick brown", "--max-new-tokens", "12", "--dtype", "float32", "--json"]
+    document = json.loads(run("--checkpoint", "out", *generation, main=generate.main)[0])
+    assert document["stats"]["quantize"] == name
+    generator = generate.Generator(load(sources["tied"], torch.float32, quantize=recipe), max_seq_len=64)
+    prompt = open_checkpoint("out").tokenizer.encode("The quick brown")
+    request = generate.Request(prompt=prompt, max_new_tokens=12, stop_ids=frozenset(open_checkpoint("out").eos_ids))
+    list(generator.run([request]))
+    assert document["samples"][0]["token_ids"] == request.token_ids
+    if name in generate.RECIPES:
+        flying = ["--checkpoint", str(sources["tied"]), "--quantize", name]
+        assert json.loads(run(*flying, *generation, main=generate.main)[0])["samples"] == document["samples"]
+
+
+def test_another_dtype_takes_the_codes_as_they_are(sources, run, tmp_path):
+    run("--checkpoint", sources["plain"], "--output", "out", "--bits", 4)
+    narrow, wide = load("out"), load("out", torch.float32)
+    for name, linear in narrow.named_modules():
+        if isinstance(linear, QuantizedLinear):
+            other = wide.get_submodule(name)
+            assert torch.equal(linear.data, other.data)
+            assert torch.equal(linear.dequantize(torch.float32), other.dequantize(torch.float32))
+    assert wide.layers[0].attention.qkv.scale.dtype == torch.float32
+
+
+def test_the_file_has_packed_tensors_by_hugging_faces_names(sources, run, tmp_path):
+    run("--checkpoint", sources["biased"], "--output", "out", "--group-size", 64)
+    stored, qkv = load_file("out/model.safetensors"), load("out").layers[1].attention.qkv
+    name = "model.layers.1.self_attn.{}_proj.{}"
+    for kind in ("data", "scale", "zero", "bias"):
+        parts = [stored[name.format(x, kind)] for x in "qkv"]
+        assert [len(part) for part in parts] == [64, 32, 32]
+        assert torch.equal(torch.cat(parts), getattr(qkv, kind))
+    assert stored["model.layers.0.mlp.down_proj.data"].shape == (128, 256 // 8)
+    assert stored["model.layers.0.mlp.down_proj.zero"].shape == (128, 256 // 64)
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+    assert not any(name.endswith("proj.weight") for name in stored)
+
+
+def test_a_tied_head_is_stored_beside_the_embedding(sources, run, tmp_path):
+    run("--checkpoint", sources["tied"], "--output", "out", "--bits", 8)
+    with safe_open("out/model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert {"model.embed_tokens.weight", "lm_head.data", "lm_head.scale"} <= names
+    assert "lm_head.weight" not in names
+    assert torch.equal(load("out").embed.weight, load(sources["tied"]).embed.weight)
+
+
+def test_the_config_has_the_recipe_and_what_differs_from_it(sources, run, tmp_path):
+    run("--checkpoint", sources["tied"], "--output", "out")  # rows of 128, 64 and 160: groups of 128, 64 and 32
+    other = {f"model.layers.{i}.self_attn.o_proj": {"format": "int4", "group_size": 64} for i in (0, 1)}
+    other |= {f"model.layers.{i}.mlp.down_proj": {"format": "int4", "group_size": 32} for i in (0, 1)}
+    assert json.loads(Path("out/config.json").read_text())["quantization_config"] == {
+        "quant_method": "tachyon",
+        "method": "rtn",
+        "format": "int4",
+        "group_size": 128,
+        "symmetric": False,
+        "exceptions": other | {"lm_head": {"format": "int8"}},
+    }
+    run("--checkpoint", sources["plain"], "--output", "plain")  # rows of 48 have no groups
+    assert kinds(load("plain"))["layers.1.ffn.down"] == Storage("int8")
+    run("--checkpoint", sources["plain"], "--output", "fp8", "--bits", 8, "--format", "fp")
+    assert json.loads(Path("fp8/config.json").read_text())["quantization_config"] == {
+        "quant_method": "tachyon",
+        "method": "rtn",
+        "format": "fp8",
+        "exceptions": {},
+    }
+
+
+def test_a_file_decides_on_its_layout_and_not_the_rule_that_made_it(sources, tmp_path):
+    recipe = Recipe(
+        format="int4",
+        head="int8",
+        method="other",
+        exceptions={"layers.1.attention.qkv": Storage("int4", 32), "layers.0.ffn.gate_up": Storage("fp8")},
+    )
+    model = load(sources["biased"], quantize=recipe)
+    save_model(model, tmp_path / "out", recipe=recipe, max_shard_bytes=20000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    loaded = load(tmp_path / "out")
+    assert same(loaded, model)
+    assert kinds(loaded)["layers.1.attention.qkv"] == Storage("int4", 32)
+    assert kinds(loaded)["layers.0.ffn.gate_up"] == Storage("fp8")
+    assert open_checkpoint(str(tmp_path / "out")).quantized == "other-int4"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_codes_scales_and_zeros_that_rounding_would_not_choose_stay(name, sources, tmp_path):
+    recipe = replace(FORMATS[name][1], method="other")
+    model = load(sources["tied"], quantize=recipe)
+    for linear in model.modules():
+        if isinstance(linear, QuantizedLinear):
+            linear.data.random_(-(2**31), 2**31 - 1)
+            linear.scale.normal_()
+            if linear.zero is not None:
+                linear.zero.uniform_(0, 15)
+    save_model(model, tmp_path / "out", recipe=recipe)
+    assert same(load(tmp_path / "out"), model)
+
+
+def test_bench_and_evaluate_run_it_and_name_the_recipe(sources, run, tmp_path):
+    run("--checkpoint", sources["tied"], "--output", "out")
+    measured = json.loads(run("--checkpoint", "out", "--new-tokens", 3, "--repeats", 1, "--json", main=bench.main)[0])
+    assert measured["quantize"] == "int4-asymmetric"
+    Path("text").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    options = ["--text", "text", "--context", 32, "--windows", 1, "--json"]
+    assert json.loads(run("--checkpoint", "out", *options, main=evaluate.main)[0])["quantize"] == "int4-asymmetric"
+
+
+def test_its_config_is_one_for_random_weights(sources, run, tmp_path):
+    run("--checkpoint", sources["plain"], "--output", "out")
+    assert kinds(load("random:out/config.json")) == kinds(load("out"))
+
+
+def test_progress_of_loading_ends_at_its_total(sources, run, tmp_path):
+    run("--checkpoint", sources["tied"], "--output", "out")
+    seen = []
+    model = load("out", progress=lambda *args: seen.append(args))
+    assert seen[-1] == (sum(t.nbytes for t in model.state_dict().values()),) * 2
+
+
+# ---- What it says ----------------------------------------------------------------------------------------------------
+
+
+def test_every_linear_is_reported_with_the_error_it_keeps(sources, run, tmp_path):
+    out, err = run("--checkpoint", sources["tied"], "--output", "out", "--json", "--dtype", "float32")
+    document = json.loads(out)
+    plain, quantized = load(sources["tied"], torch.float32), load("out", torch.float32)
+    squares = torch.zeros(2)
+    assert document["linears"].keys() == kinds(quantized).keys()
+    for name, said in document["linears"].items():
+        weight, linear = plain.get_submodule(name).weight, quantized.get_submodule(name)
+        error = linear.dequantize(torch.float32) - weight
+        assert said["relative_error"] == pytest.approx((error.norm() / weight.norm()).item(), rel=1e-4)
+        assert (said["format"], said["group_size"] or 0) == (linear.format, linear.group)
+        squares += torch.stack((error.square().sum(), weight.square().sum()))
+    assert document["relative_error"] == pytest.approx((squares[0] / squares[1]).sqrt().item(), rel=1e-4)
+    lines = err.splitlines()
+    assert len(lines) == 9 and lines[-1].startswith("[9/9] ")
+    assert any("layers.0.ffn.down: int4, groups of 32, relative error 0." in line for line in lines)
+    assert document["bytes"] == sum(file.stat().st_size for file in Path("out").iterdir())
+    assert document["quantize"] == "int4-asymmetric"
+
+
+def test_a_run_for_people_ends_in_one_line(sources, run, tmp_path):
+    out, _ = run("--checkpoint", sources["plain"], "--output", "out", "--bits", 8)
+    assert out.startswith(f"{tmp_path}/out: int8, ")
+    assert out.count("\n") == 1
+
+
+def test_finer_groups_and_more_bits_leave_smaller_errors(sources, run, tmp_path):
+    def error(*options: object) -> float:
+        shutil.rmtree("out", ignore_errors=True)
+        out, _ = run("--checkpoint", sources["biased"], "--output", "out", "--json", *options)
+        return json.loads(out)["relative_error"]
+
+    coarse, fine, byte = error("--group-size", 128), error("--group-size", 32), error("--bits", 8)
+    assert 0.2 > coarse > fine > byte > 0
+    assert error("--group-size", 128, "--symmetric") > coarse
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(sources, run, refused, tmp_path):
+    run("--checkpoint", sources["plain"], "--output", "out", "--bits", 8)
+    for main, options in (
+        (quantize.main, ["--output", "again"]),
+        (generate.main, ["--quantize", "int8", "--prompt", "a"]),
+        (bench.main, ["--quantize", "int4"]),
+    ):
+        message = refused("--checkpoint", "out", *options, main=main)
+        assert "out is quantized already (int8): load it as it is, or quantize the checkpoint that" in message
+
+
+@pytest.mark.parametrize("place", ["out", "file", "file/below"])
+def test_an_output_in_use_is_refused_before_the_work(place, sources, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **options: pytest.fail("began to work"))
+    Path("out").mkdir()
+    Path("out/notes").write_text("mine")
+    Path("file").write_text("mine")
+    message = refused("--checkpoint", sources["plain"], "--output", place)
+    assert f"{tmp_path}/" in message and (
+        "already exists" in message or "file is not a directory that can be written" in message
+    )
+
+
+def test_an_output_is_needed(sources, refused):
+    assert "--output is missing" in refused("--checkpoint", sources["plain"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--bits", 3], ["--bits 3 --format int", "4 int, 8 int and 8 fp"]),
+        (["--bits", 4, "--format", "fp"], ["--bits 4 --format fp"]),
+        (["--bits", 8, "--group-size", 64], ["--group-size", "--bits 4"]),
+        (["--bits", 8, "--symmetric"], ["--symmetric", "--bits 4"]),
+        (["--group-size", 48], ["--group-size", "128, 64, 32", "48"]),
+        (["--method", "magic"], ["'magic'", "rtn"]),
+    ],
+)
+def test_options_that_do_not_fit(options, words, sources, refused):
+    message = refused("--output", "out", "--checkpoint", sources["plain"], *options)
+    assert all(word in message for word in words), message
+
+
+def test_rows_that_cannot_be_packed_are_named(tiny_directory, refused, tmp_path):
+    config = replace(TINY, vocab_size=load_tokenizer(tiny_directory).vocab_size, ffn_dim=72)
+    save_model(tiny_model(config), tmp_path / "odd", tokenizer=load_tokenizer(tiny_directory))
+    assert "layers.0.ffn.down has rows of 72 weights" in refused("--checkpoint", "odd", "--output", "out")
+
+
+def test_weights_that_are_not_finite_leave_nothing(sources, refused, tmp_path):
+    shutil.copytree(sources["plain"], "bad")
+    tensors = load_file("bad/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("inf")
+    save_file(tensors, "bad/model.safetensors")
+    message = refused("--checkpoint", "bad", "--output", "out")
+    assert "layers.1.ffn.gate_up.weight has NaN or infinity" in message
+
+
+def test_random_weights_are_refused_by_name(sources, refused):
+    message = refused("--checkpoint", f"random:{sources['plain']}", "--output", "out")
+    assert "its weights are random" in message
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path):
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    options = ["--checkpoint", sources["plain"], "--output", tmp_path / "out", "--bits", "8", "--device", "cpu"]
+    command = [sys.executable, ROOT / "quantize.py", *map(str, options)]
+    settings = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 120}
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files, **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot write ") and "File too large" in last
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Quantized checkpoints that are damaged, or not ours -------------------------------------------------------------
+
+
+def test_another_quantization_is_refused_by_its_name(sources, run, refused, tmp_path):
+    run("--checkpoint", sources["plain"], "--output", "out")
+    for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors"):
+        edit_recipe(tmp_path / "out", quant_method=method)
+        message = refused("--checkpoint", "out", "--prompt", "a", main=generate.main)
+        assert f"quantization {method!r} is not supported" in message
+        assert "config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": "int3"}, ["'int3'", "int8, int4 and fp8"]),
+        ({"format": None}, ["None"]),
+        ({"group_size": 48}, ["48", "128, 64, 32"]),
+        ({"symmetric": "no"}, ["symmetric"]),
+        ({"exceptions": ["lm_head"]}, ["exceptions"]),
+        ({"exceptions": {"lm_head": "int8"}}, ["lm_head"]),
+        ({"exceptions": {"model.vision.0": {"format": "int8"}}}, ["'model.vision.0'"]),
+        (
+            {
+                "exceptions": {
+                    "model.layers.0.self_attn.q_proj": {"format": "int8"},
+                    "model.layers.0.self_attn.k_proj": {"format": "fp8"},
+                }
+            },
+            ["k_proj", "q_proj", "one matrix"],
+        ),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_named(changes, words, sources, run, refused, tmp_path):
+    run("--checkpoint", sources["plain"], "--output", "out")
+    edit_recipe(tmp_path / "out", **changes)
+    message = refused("--checkpoint", "out", "--prompt", "a", main=generate.main)
+    assert all(word in message for word in ("config.json", *words)), message
+
+
+def test_tensors_that_do_not_fit_the_recipe_are_named(sources, run, tmp_path):
+    run("--checkpoint", sources["biased"], "--output", "out")
+    path, name = tmp_path / "out" / "model.safetensors", "model.layers.0.mlp.up_proj.data"
+    stored = load_file(path)
+    for changed, words in (
+        (stored[name].float(), f"{name} is stored as torch.float32; packed codes are int32"),
+        (stored[name][:, 1:].clone(), rf"{name} has shape \[256, 15\], but the config asks for \[256, 16\]"),
+    ):
+        save_file(stored | {name: changed}, path)
+        with pytest.raises(ValueError, match=words):
+            load("out")
+    del stored[name]
+    save_file(stored, path)
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        load("out")
+    edit_recipe(tmp_path / "out", symmetric=True)
+    with pytest.raises(ValueError, match=r"has unknown model\.layers\.0\.mlp\.down_proj\.zero"):
+        load("out")
+
+
+def test_scales_that_overflow_in_another_dtype_are_named(sources, run, tmp_path):
+    run("--checkpoint", sources["plain"], "--output", "out")
+    path, name = tmp_path / "out" / "model.safetensors", "model.layers.1.self_attn.o_proj.scale"
+    stored = load_file(path)
+    stored[name][0, 0] = 1e5
+    save_file(stored, path)
+    with pytest.raises(ValueError, match=r"layers\.1\.attention\.o\.scale has NaN or infinity as float16"):
+        load("out", torch.float16)
+    load("out")
