@@ -7,7 +7,7 @@ carries the recipe, and generate.py and the scripts load it as it is, without ro
 linear is the relative error that its codes leave, ||W - W'|| / ||W|| over the whole matrix.
 
 This file refuses to know the packed layouts (`quant/`) and the files (`checkpoint.py`). Its one idea: a method is a
-function from a checkpoint and a recipe to a quantized model, which reports each linear as it is done.
+function from a checkpoint and the options to a quantized model, which reports each linear as it is done.
 """
 
 import sys
@@ -23,7 +23,9 @@ import checkpoint
 import cli
 import hardware
 from model import Transformer
-from quant.linears import GROUPS, PIECE, QuantizedLinear, Recipe
+from quant.calibrate import calibrate, sample_tokens
+from quant.gptq import choose_codes
+from quant.linears import GROUPS, PIECE, Codes, QuantizedLinear, Recipe
 
 
 class Report:
@@ -66,21 +68,13 @@ def _relative(sums: Tensor) -> float:
     return (error / weight) ** 0.5 if weight else 0.0
 
 
-def round_to_nearest(
-    source: checkpoint.Checkpoint, recipe: Recipe, *, device: torch.device, dtype: torch.dtype, report: Report
-) -> Transformer:
-    """The checkpoint's weights, rounded as they stream in: the unquantized model is never held."""
-    return checkpoint.load_model(source, device=device, dtype=dtype, quantize=recipe, packed=report)
-
-
-METHODS: dict[str, Callable[..., Transformer]] = {"rtn": round_to_nearest}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
     checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "what to quantize; as for generate.py")
     output: Path | None = cli.option(None, "a directory to be made (needed)")
-    method: str = cli.option("rtn", "what chooses the codes; rtn rounds to nearest", choices=tuple(METHODS))
+    method: str = cli.option(
+        "rtn", "what chooses the codes: rtn rounds to nearest, gptq needs --calibration", choices=("rtn", "gptq")
+    )
     bits: int = cli.option(4, "of a weight in the layers: 4 or 8; the head has 8")
     format: str = cli.option("int", "of codes: int, or with --bits 8 fp (e4m3)", choices=("int", "fp"))
     group_size: int | None = cli.option(
@@ -90,9 +84,19 @@ class Options:
     symmetric: bool = cli.option(False, "with --bits 4: scales only, without zero points")
     dtype: str = cli.option("bfloat16", "of the other weights and of 4-bit scales", choices=tuple(hardware.DTYPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
+    calibration: Path | None = cli.option(None, "a text that a method looks at the model's activations on")
+    samples: int = cli.option(128, "sequences taken from it, at random places")
+    seq_len: int = cli.option(2048, "tokens in each, at most the model's context")
+    seed: int = cli.option(0, "of the places")
     json: bool = cli.option(False, "print one JSON document")
 
     def __post_init__(self) -> None:
+        if self.method == "gptq" and self.calibration is None:
+            raise ValueError("--method gptq needs --calibration FILE, a text like those the model will read")
+        if self.method == "rtn" and self.calibration is not None:
+            raise ValueError("--method rtn looks at no activations; leave out --calibration, or use --method gptq")
+        if self.method == "gptq" and self.format == "fp":
+            raise ValueError("--method gptq chooses integers; leave out --format fp")
         if self.output is None:
             raise ValueError("--output is missing; name the directory to be made")
         if (self.bits, self.format) not in ((4, "int"), (8, "int"), (8, "fp")):
@@ -112,12 +116,46 @@ class Options:
         return Recipe(format=format, head=head, method=self.method, group_size=group_size, symmetric=self.symmetric)
 
 
+def round_to_nearest(
+    source: checkpoint.Checkpoint, options: Options, *, device: torch.device, dtype: torch.dtype, report: Report
+) -> Transformer:
+    """The checkpoint's weights, rounded as they stream in: the unquantized model is never held."""
+    return checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.recipe, packed=report)
+
+
+def by_gptq(
+    source: checkpoint.Checkpoint, options: Options, *, device: torch.device, dtype: torch.dtype, report: Report
+) -> Transformer:
+    """The layers by GPTQ on sequences of the calibration text, one after another; the head rounded to nearest."""
+    text = source.tokenizer.encode(cli.read_text(options.calibration))
+    seq_len = min(options.seq_len, source.config.max_seq_len)
+    tokens = sample_tokens(text, samples=options.samples, seq_len=seq_len, seed=options.seed)
+    model = checkpoint.load_model(source, device=device, dtype=dtype)
+    head, weights = model.head.weight, []
+
+    def choose(linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
+        weights.append(weight)
+        return choose_codes(linear, weight, hessian)
+
+    for done in calibrate(model, tokens.to(device), options.recipe, choose):
+        for name, weight in zip(done.errors, weights, strict=True):
+            full_name = f"layers.{done.layer}.{name}"
+            report(full_name, model.get_submodule(full_name), 0, weight)
+            report.linears[full_name]["output_error"] = done.errors[name]
+        weights.clear()
+    report("head", model.head, 0, head)
+    return model
+
+
+METHODS: dict[str, Callable[..., Transformer]] = {"rtn": round_to_nearest, "gptq": by_gptq}
+
+
 def quantize(options: Options) -> dict:
     output = checkpoint.new_directory(options.output)  # fails now rather than after the work
     device, dtype, recipe = hardware.pick_device(options.device), hardware.DTYPES[options.dtype], options.recipe
     source = checkpoint.open_checkpoint(options.checkpoint)
     tokenizer, report = source.tokenizer, Report(source.config.n_layers)
-    model = METHODS[options.method](source, recipe, device=device, dtype=dtype, report=report)
+    model = METHODS[options.method](source, options, device=device, dtype=dtype, report=report)
     checkpoint.save_model(model, output, tokenizer=tokenizer, eos_ids=source.eos_ids, recipe=recipe)
     return {
         "checkpoint": options.checkpoint,

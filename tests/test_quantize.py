@@ -23,7 +23,7 @@ from checkpoint import load_model, open_checkpoint, save_model
 from model import Transformer
 from quant.linears import QuantizedLinear, Recipe, Storage
 from scripts import bench, evaluate
-from tests.conftest import TINY, tiny_model
+from tests.conftest import TINY, new_cache, tiny_model
 from tokenizer import load_tokenizer
 
 ROOT = Path(quantize.__file__).parent
@@ -445,3 +445,45 @@ def test_scales_that_overflow_in_another_dtype_are_named(sources, run, tmp_path)
     with pytest.raises(ValueError, match=r"layers\.1\.attention\.o\.scale has NaN or infinity as float16"):
         load("out", torch.float16)
     load("out")
+
+
+# ---- Methods that look at activations --------------------------------------------------------------------------------
+
+TEXT = ROOT / "tests" / "data" / "prose.txt"
+
+
+@pytest.mark.parametrize("model", ["plain", "tied"])
+def test_gptq_leaves_a_smaller_error_in_the_logits_than_rounding(model, sources, run, tmp_path):
+    calibration = ["--method", "gptq", "--calibration", TEXT, "--samples", 16, "--seq-len", 64]
+    command = ["--checkpoint", sources[model], "--group-size", 32, "--dtype", "float32"]
+    out, err = run(*command, *calibration, "--output", tmp_path / "gptq", "--json")
+    run(*command, "--output", tmp_path / "rtn")
+    linears = json.loads(out)["linears"]
+    assert all(linears[name]["output_error"] < 0.2 for name in linears if name != "head")
+    assert f"[{len(linears)}/{len(linears)}] head: int8" in err
+    source = open_checkpoint(str(sources[model]))
+    tokens = torch.tensor([source.tokenizer.encode(TEXT.read_text())[:64]])
+    logits = {}
+    for name in ("gptq", "rtn", None):
+        loaded = load(tmp_path / name if name else sources[model], torch.float32)
+        cache = new_cache(loaded, batch=1, length=64).narrow(64, tail=True)
+        logits[name] = loaded(tokens, torch.arange(64)[None], cache)
+    error = {name: (logits[name] - logits[None]).norm().item() for name in ("gptq", "rtn")}
+    assert error["gptq"] < error["rtn"]
+    assert open_checkpoint(str(tmp_path / "gptq")).recipe.method == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "gptq"], ["--calibration"]),
+        (["--method", "rtn", "--calibration", TEXT], ["--calibration", "gptq"]),
+        (["--method", "gptq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["gptq", "--format fp"]),
+        (["--method", "gptq", "--calibration", TEXT, "--samples", 0], ["at least 1", "0"]),
+        (["--method", "gptq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
+        (["--method", "gptq", "--calibration", "missing.txt"], ["missing.txt"]),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(options, words, sources, refused, tmp_path):
+    line = refused("--checkpoint", sources["plain"], *options, "--output", tmp_path / "out")
+    assert all(word in line for word in words)
