@@ -178,7 +178,9 @@ class Generator:
         longest = max(len(r.prompt) for r in requests)
         end = min(longest + max(r.max_new_tokens for r in requests), self.max_seq_len)
         with torch.no_grad():
-            self.prefill([[0] * min(longest, 128)] * B, 0, sampling)  # longer ones run the same code
+            # On CUDA longer prompts run the same code as 128 tokens do; on the CPU a prompt compiles nothing.
+            length = min(longest, 128 if self.device.type == "cuda" else 16)
+            self.prefill([[0] * length] * B, 0, sampling)
             for bucket in sorted({self._bucket(length) for length in range(longest + 1, end + 1)}):
                 for _ in range(2):
                     self.decode(bucket, sampling)

@@ -13,6 +13,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -137,27 +138,24 @@ def measure_read_bandwidth(device: torch.device) -> float:
         size, passes = 2**32 if torch.cuda.mem_get_info(device)[0] > 2**33 else 2**30, 4
     words = torch.ones(size // 4, device=device)
     read = probe.read if device.type == "cuda" else torch.Tensor.sum
-    times = []
-    for _ in range(9):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(passes):
-            read(words)
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return passes * size / statistics.median(times[2:])
+    return size / _seconds(lambda: read(words), device, passes)
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of one large matrix product: median over several."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / _seconds(lambda: a @ b, device, 4)
+
+
+def _seconds(run: Callable[[], object], device: torch.device, passes: int) -> float:
+    """Of one `run()`: the median over several rounds of `passes` queued ones, after two to warm up."""
     times = []
     for _ in range(9):
         synchronize(device)
         start = time.perf_counter()
-        for _ in range(4):
-            a @ b
+        for _ in range(passes):
+            run()
         synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 4 * 2 * n**3 / statistics.median(times[2:])
+        times.append((time.perf_counter() - start) / passes)
+    return statistics.median(times[2:])

@@ -10,12 +10,12 @@ Longer inputs run the same matrices by cuBLAS and the cache's own attention, wit
 fused. Nothing is compiled but the kernels, which Triton keeps on disk, and nothing depends on a prompt's length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cache import StaticCache
+from cache import StaticCache, StaticLayer
 from kernels import attention, elementwise, linear, tuning
 from kernels.attention import Heads
 from kernels.weight import Weight
@@ -44,28 +44,27 @@ class Decoder:
         B, T = tokens.shape
         input_pos = input_pos.contiguous()  # before the embedding, which everything after it waits for
         x = self.model.embed(tokens).view(B * T, -1)  # [B * T, C]
-        if T == 1:
-            for layer, kv in zip(self.layers, cache.layers, strict=True):
-                qkv = linear.linear(x, layer.qkv, norm=layer.attention_norm, eps=layer.eps)
-                y = attention.decode_attention(
-                    qkv, self.cos, self.sin, input_pos, kv.k, kv.v, layer.heads, self.scratch
-                )
-                x = linear.linear(y, layer.o, residual=x)
-                h = linear.linear(x, layer.gate_up, norm=layer.ffn_norm, eps=layer.eps, glu=True)
-                x = linear.linear(h, layer.down, residual=x)
-        else:
-            x = self._prefill(x, input_pos, cache)
+        attend = self._attend_one if T == 1 else self._prompt_attention(input_pos, cache)
+        for layer, kv in zip(self.layers, cache.layers, strict=True):
+            qkv = linear.linear(x, layer.qkv, norm=layer.attention_norm, eps=layer.eps)
+            x = linear.linear(attend(qkv, input_pos, layer.heads, kv), layer.o, residual=x)
+            h = linear.linear(x, layer.gate_up, norm=layer.ffn_norm, eps=layer.eps, glu=True)
+            x = linear.linear(h, layer.down, residual=x)
         return x.view(B, T, -1)
 
-    def _prefill(self, x: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
+    def _attend_one(self, qkv: Tensor, input_pos: Tensor, heads: Heads, kv: StaticLayer) -> Tensor:
+        return attention.decode_attention(qkv, self.cos, self.sin, input_pos, kv.k, kv.v, heads, self.scratch)
+
+    def _prompt_attention(self, input_pos: Tensor, cache: StaticCache) -> Callable[..., Tensor]:
+        """What takes the place of `_attend_one` for T tokens a row, with what its layers share computed once."""
         B, T = input_pos.shape
         mask, window_mask = cache.masks(input_pos, self.model.config.sliding_window)
         self.best.fill_(linear.NOTHING)  # should a step before this have been broken off
         cos, sin = self.cos[input_pos.reshape(-1)], self.sin[input_pos.reshape(-1)]  # [B * T, D/2]
-        for layer, kv in zip(self.layers, cache.layers, strict=True):
-            heads = layer.heads
+
+        def attend(qkv: Tensor, input_pos: Tensor, heads: Heads, kv: StaticLayer) -> Tensor:
             q = elementwise.rope_write(
-                linear.linear(x, layer.qkv, norm=layer.attention_norm, eps=layer.eps),
+                qkv,
                 cos,
                 sin,
                 n_heads=heads.n_heads,
@@ -80,10 +79,9 @@ class Decoder:
                 input_pos=input_pos,
             )
             y = kv.attend(q.view(B, T, heads.n_heads, heads.head_dim), window_mask if heads.window else mask)
-            x = linear.linear(y.reshape(B * T, -1), layer.o, residual=x)
-            h = linear.linear(x, layer.gate_up, norm=layer.ffn_norm, eps=layer.eps, glu=True)
-            x = linear.linear(h, layer.down, residual=x)
-        return x
+            return y.reshape(B * T, -1)
+
+        return attend
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [..., V], fp32, from the last layer's output [..., C]."""

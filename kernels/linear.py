@@ -52,7 +52,8 @@ def linear(
     matrix = dequantize(weight, x.dtype)
     if residual is not None and weight.bias is None:
         return residual.addmm_(x, matrix.t())
-    return _finish(F.linear(x, matrix, weight.bias), glu, residual, out_dtype)
+    y = F.linear(x, matrix, weight.bias)
+    return _finish(elementwise.silu_mul(y) if glu else y, residual, out_dtype)
 
 
 def linear_twin(
@@ -68,12 +69,11 @@ def linear_twin(
     """`linear` in plain torch, rounded where an unfused model rounds."""
     if norm is not None:
         x = elementwise.rms_norm_twin(x, norm, eps)
-    return _finish(F.linear(x, dequantize_twin(weight, x.dtype), weight.bias), glu, residual, out_dtype)
+    y = F.linear(x, dequantize_twin(weight, x.dtype), weight.bias)
+    return _finish(elementwise.silu_mul_twin(y) if glu else y, residual, out_dtype)
 
 
-def _finish(y: Tensor, glu: bool, residual: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
-    if glu:
-        y = elementwise.silu_mul(y)
+def _finish(y: Tensor, residual: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
     if residual is not None:
         return residual.add_(y)
     return y if out_dtype is None else y.to(out_dtype)
