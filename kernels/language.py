@@ -13,7 +13,7 @@ try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    constexpr_function, jit = triton.constexpr_function, triton.jit
 except ImportError:
     triton = None
 
@@ -25,8 +25,10 @@ except ImportError:
     def jit(function=None, **options):
         return function or jit
 
+    constexpr_function = jit
 
-__all__ = ["jit", "launch_options", "on_gpu", "pdl", "tl", "triton", "wait"]
+
+__all__ = ["constexpr_function", "jit", "launch_options", "on_gpu", "order", "pdl", "ptx", "tl", "triton", "wait"]
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -44,6 +46,12 @@ def pdl(x: Tensor) -> bool:
     return _hopper(x.device) and "TRITON_INTERPRET" not in os.environ
 
 
+def ptx(x: Tensor) -> bool:
+    """Whether kernels over activations x may have pairs of bf16 handled by CUDA's own instructions."""
+    cuda = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return cuda and x.dtype == torch.bfloat16 and "TRITON_INTERPRET" not in os.environ
+
+
 def launch_options(x: Tensor) -> dict:
     """The launch's option for programmatic dependent launch, which the interpreter does not know."""
     return {"launch_pdl": True} if pdl(x) else {}
@@ -55,3 +63,11 @@ def wait(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def order(y, index):
+    """Pack logits and their indices so that the largest integer is the largest logit at the smallest index."""
+    bits = y.to(tl.int32, bitcast=True)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return (key << 32) | (0xFFFFFFFF - index.to(tl.int64))

@@ -20,9 +20,9 @@ class Plan(NamedTuple):
     """How a kernel for a matrix is cut."""
 
     BN: int  # outputs in a block
-    BK: int  # inputs in a block; packed weights with one row of activations take all of them
+    BK: int  # inputs in a block; 0 for packed weights, whose programs take whole rows
     num_warps: int
-    depth: int = 1  # blocks that a program of packed weights takes one after another; stages of a pipeline of tiles
+    depth: int = 1  # stages of a pipeline of tiles; loads of packed weights that a warp has under way
 
 
 class AttentionPlan(NamedTuple):
@@ -37,7 +37,7 @@ class AttentionPlan(NamedTuple):
 TABLE = Path(__file__).with_name("tuned.json")
 
 
-HOPPER = "NVIDIA H100 80GB HBM3"  # an H200 or another Hopper GPU runs as it, where it was not tuned itself
+HOPPERS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # a Hopper GPU runs as one of these what it was not tuned for
 
 
 @functools.cache
@@ -50,10 +50,10 @@ def lookup(device: torch.device, key: str) -> list[int] | None:
     """The plan that was measured for a key."""
     if device.type != "cuda":
         return None
-    found = table(torch.cuda.get_device_name(device)).get(key)
-    if found is None and torch.cuda.get_device_capability(device) == (9, 0):
-        found = table(HOPPER).get(key)
-    return found
+    gpus = [torch.cuda.get_device_name(device)]
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        gpus += HOPPERS
+    return next((table(gpu)[key] for gpu in gpus if key in table(gpu)), None)
 
 
 def key(format: str, M: int, N: int, K: int, mode: str) -> str:
@@ -66,29 +66,25 @@ def key(format: str, M: int, N: int, K: int, mode: str) -> str:
 def _plan(device: torch.device, format: str, M: int, N: int, K: int, mode: str, itemsize: int) -> Plan:
     known = lookup(device, key(format, M, N, K, mode)) if itemsize == 2 else None
     plan = Plan(*known) if known else rule(format, M, N, K, mode)
-    if M == 1 or device.type != "cuda":
+    if M == 1 or format != "float" or device.type != "cuda":
         return plan
     limit = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    return fit(plan, format, M, mode, itemsize, limit)
+    return fit(plan, M, mode, itemsize, limit)
 
 
-def fit(plan: Plan, format: str, M: int, mode: str, itemsize: int, limit: int) -> Plan:
+def fit(plan: Plan, M: int, mode: str, itemsize: int, limit: int) -> Plan:
     """A plan for tiles, cut down until what it keeps in shared memory is at most `limit` bytes."""
-    while tile_bytes(plan, format, M, mode, itemsize) > limit and plan.BK > 32:
+    while tile_bytes(plan, M, mode, itemsize) > limit and plan.BK > 32:
         plan = plan._replace(BK=plan.BK // 2)
-    while tile_bytes(plan, format, M, mode, itemsize) > limit and plan.depth > 1:
+    while tile_bytes(plan, M, mode, itemsize) > limit and plan.depth > 1:
         plan = plan._replace(depth=plan.depth - 1)
     return plan
 
 
-def tile_bytes(plan: Plan, format: str, M: int, mode: str, itemsize: int) -> int:
-    """Shared memory that a tile kernel takes at most: the pipeline's blocks, and the widened weights beside them."""
-    halves = 2 if mode == "glu" else 1
-    weights = plan.BN * plan.BK * halves
-    x = plan.BK * max(8, 1 << (M - 1).bit_length()) * itemsize
-    stored = weights * {"float": 8 * itemsize, "int8": 8, "fp8": 8, "int4": 5}[format] // 8
-    widened = 0 if format == "float" else weights * itemsize
-    return (plan.depth - 1) * (stored + x) + stored + x + widened
+def tile_bytes(plan: Plan, M: int, mode: str, itemsize: int) -> int:
+    """Shared memory that a tile kernel takes at most: the pipeline's blocks of weights and of x."""
+    rows = plan.BN * (2 if mode == "glu" else 1) + max(8, 1 << (M - 1).bit_length())
+    return plan.depth * plan.BK * rows * itemsize
 
 
 def forget() -> None:
@@ -103,12 +99,10 @@ def rule(format: str, M: int, N: int, K: int, mode: str) -> Plan:
     if M == 1 and format == "float":
         BK = min(2048, reach)
         return Plan(max(1, min(8192 // BK, 2) // halves), BK, 4 if BK >= 1024 else 1)
-    if M == 1:
-        warps = min(16, max(1, reach // (32 * 16 if format != "int4" else 32 * 32)))
-        BN = 4 // halves
-        return Plan(BN, reach, warps, max(1, min(8, N // (BN * 528))))
-    BN = 32 if N // 32 >= 96 else 16
-    return Plan(BN, 128 if format == "float" else 256, 4, 4 if format == "float" else 3)
+    if format != "float":
+        inputs = 128 if format == "int4" else 64  # what a warp takes at a time
+        return Plan(16, 0, max(1, min(8, reach // inputs)), 2)
+    return Plan(32 if N // 32 >= 96 else 16, 128, 4, 4)
 
 
 def plan(format: str, M: int, N: int, K: int, mode: str, x: Tensor) -> Plan:

@@ -9,7 +9,7 @@ class Weight(NamedTuple):
     """A linear's matrix [N, K]."""
 
     format: str  # "float" | "int8" | "int4" | "fp8"
-    data: Tensor  # float: [N, K]; int8 and fp8: int32 [N, K/4]; int4: int32 [N, K/8]
+    data: Tensor  # float: [N, K]; int8 and fp8: int32 [N, K/4]; int4: int32 [N, 16 ceil(K/128)]
     scale: Tensor | None = None  # int8, fp8: fp32 [N]; int4: [N, K/group] in the model's dtype
     zero: Tensor | None = None  # int4 asymmetric only: [N, K/group], in steps: the code that means 0
     bias: Tensor | None = None  # [N]
@@ -19,11 +19,10 @@ class Weight(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """(N, K)"""
         N, words = self.data.shape
-        return N, words * PER_WORD[self.format]
+        if self.format == "int4":
+            return N, self.scale.shape[1] * self.group
+        return N, words if self.format == "float" else 4 * words
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self[1:5] if t is not None)
-
-
-PER_WORD = {"float": 1, "int8": 4, "fp8": 4, "int4": 8}

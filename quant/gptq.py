@@ -35,7 +35,7 @@ def choose_codes(
     return gptq(
         weight,
         hessian,
-        bits=3 if three_bits and linear.bits == 4 else linear.bits,
+        bits=3 if three_bits and linear.layout.bits == 4 else linear.layout.bits,
         group=linear.group,
         symmetric=linear.zero is None,
         dtype=linear.scale.dtype,

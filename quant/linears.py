@@ -9,7 +9,7 @@ its parts stream in, exactly as it would be whole, and a better method has only 
 to `store_rows`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,31 +26,44 @@ PIECE = 2**22  # weights rounded at a time: what bounds the memory for it
 # ---- The packed layouts ---------------------------------------------------------------------------------------------
 
 
-def pack_bytes(codes: Tensor) -> Tensor:
-    """Codes [N, K], uint8, as int32 [N, K/4]: byte b of word i in a chunk of 16 holds k = 16 * chunk + 4 * b + i."""
-    N, K = codes.shape
-    words = codes.view(N, K // 16, 4, 4).transpose(2, 3)  # [N, chunk, b, i] -> [N, chunk, i, b]
-    return words.reshape(N, K).view(torch.int32)
+class Layout(NamedTuple):
+    """How codes of one width lie in a row: block by block of neighbours along K, half-words of 16 bits in each."""
+
+    bits: int
+    halves: int  # in a block
+
+    @property
+    def per_half(self) -> int:
+        return 16 // self.bits
+
+    @property
+    def block(self) -> int:
+        """Neighbours in a block."""
+        return self.halves * self.per_half
+
+    def words(self, K: int) -> int:
+        """32-bit words in a row of K codes, which ends with a whole block."""
+        return -(-K // self.block) * self.halves // 2
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes [N, K], uint8, as int32 [N, words]: code p of half-word i in a block is its code p * halves + i."""
+        N, K = codes.shape
+        codes = F.pad(codes, (0, -K % self.block)).view(N, -1, self.per_half, self.halves)
+        if self.bits == 4:
+            codes = codes[:, :, 0::2] | codes[:, :, 1::2] << 4
+        return codes.transpose(2, 3).reshape(N, -1).view(torch.int32)  # bytes in the order [N, block, half-word, byte]
+
+    def unpack(self, data: Tensor, K: int) -> Tensor:
+        """The inverse of `pack`: int32 [N, words] -> uint8 [N, K]."""
+        N = len(data)
+        codes = data.view(torch.uint8).view(N, -1, self.halves, 2).transpose(2, 3)  # [N, block, byte, half-word]
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=3)
+        return codes.reshape(N, -1)[:, :K]
 
 
-def unpack_bytes(data: Tensor) -> Tensor:
-    """The inverse of `pack_bytes`: int32 [N, K/4] -> uint8 [N, K]."""
-    N, words = data.shape
-    return data.view(torch.uint8).view(N, words // 4, 4, 4).transpose(2, 3).reshape(N, 4 * words)
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes [N, K], 0..15, uint8, as int32 [N, K/8]: nibble p of word i in a chunk of 32 is k = 32 * chunk + 4p + i."""
-    N, K = codes.shape
-    low, high = codes.view(N, K // 32, 4, 2, 4).unbind(3)  # nibbles 2j and 2j + 1: 2 x [N, chunk, j, i]
-    return (low | high << 4).transpose(2, 3).reshape(N, K // 2).view(torch.int32)  # bytes in the order [N, chunk, i, j]
-
-
-def unpack_nibbles(data: Tensor) -> Tensor:
-    """The inverse of `pack_nibbles`: int32 [N, K/8] -> uint8 [N, K]."""
-    N, words = data.shape
-    pairs = data.view(torch.uint8).view(N, words // 4, 4, 4).transpose(2, 3)  # [N, chunk, j, i]
-    return torch.stack((pairs & 15, pairs >> 4), dim=3).reshape(N, 8 * words)
+BYTES = Layout(bits=8, halves=8)  # 16 neighbours
+NIBBLES = Layout(bits=4, halves=32)  # 128 neighbours
 
 
 # ---- Rounding to nearest --------------------------------------------------------------------------------------------
@@ -119,11 +132,11 @@ def round_int4(weight: Tensor, *, group: int, symmetric: bool, dtype: torch.dtyp
 class QuantizedLinear(nn.Module):
     """A linear layer over a packed matrix [N, K] = [out_features, in_features]; each format is a subclass.
 
-    Comments write P for the codes in a word, W = K / P for the words in a row, G for the scales of a row.
+    Comments write W for the words in a row, G for its scales, B for its blocks.
     """
 
     format: str  # as `kernels.linear.Weight` names it
-    bits: int
+    layout: Layout
     group = 0
     data: Tensor  # int32 [N, W]
     scale: Tensor  # [N], or [N, G]
@@ -132,7 +145,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("data", torch.empty(out_features, in_features * self.bits // 32, dtype=torch.int32))
+        self.register_buffer("data", torch.empty(out_features, self.layout.words(in_features), dtype=torch.int32))
         self.register_buffer("zero", None)
         self.register_parameter("bias", None)
         if bias:
@@ -146,9 +159,6 @@ class QuantizedLinear(nn.Module):
         """The weights that `codes` stand for, fp32; scale and zero are shaped to fit them."""
         raise NotImplementedError
 
-    pack: Callable[[Tensor], Tensor]  # codes [n, K] to words [n, W]
-    unpack: Callable[[Tensor], Tensor]
-
     def pack_rows(self, start: int, weight: Tensor) -> None:
         """Round rows [n, K] to nearest and store them as rows start .. start + n."""
         for rows in weight.split(max(1, PIECE // self.in_features)):
@@ -158,16 +168,16 @@ class QuantizedLinear(nn.Module):
     def store_rows(self, start: int, rows: Codes) -> None:
         """Store n rows of codes, however they were chosen, as rows start .. start + n."""
         here = slice(start, start + len(rows.codes))
-        self.data[here] = self.pack(rows.codes)
+        self.data[here] = self.layout.pack(rows.codes)
         self.scale[here] = rows.scale
         if self.zero is not None:
             self.zero[here] = rows.zero
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """The matrix [N, K], or those rows of it, computed in fp32."""
-        codes = self.unpack(self.data[rows]).unflatten(1, (-1, self.group or self.in_features))  # [n, G, group]
-        zero = None if self.zero is None else self.zero[rows]
-        return self._decode(codes, self.scale[rows], zero).to(dtype).flatten(1)
+        codes = self.layout.unpack(self.data[rows], self.in_features).unflatten(1, (-1, self.group or self.in_features))
+        scale, zero = (None if t is None else t[rows].view(len(codes), -1, 1) for t in (self.scale, self.zero))
+        return self.decode(codes, scale, zero).to(dtype).flatten(1)
 
     @property
     def packed(self) -> Weight:
@@ -175,25 +185,32 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Planes: the first codes of all words, then the second ones, ... Shifting whole rows of words gives the matrix
-        # in that order with no shuffling, and bringing x into it costs nothing beside that.
-        P = 32 // self.bits
-        x_P = x.unflatten(-1, (-1, P, 4)).transpose(-2, -3).flatten(-3)  # [..., P * W]
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=x.device).view(P, 1, 1)
-        words = self.data.view(self.out_features, 1, -1, self.group // P or self.data.shape[1])  # [N, 1, G, W / G]
-        weight = self._decode((words >> shifts) & (2**self.bits - 1), self.scale, self.zero)  # [N, P, G, W / G]
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features:
+        # in that order with no shuffling, and bringing x into it costs nothing beside that. h is a word's half.
+        layout, N = self.layout, self.out_features
+        if self.in_features % layout.block:
+            x = F.pad(x, (0, -self.in_features % layout.block))
+        x_hpBw = x.unflatten(-1, (-1, layout.per_half, layout.halves // 2, 2)).movedim(-1, -4).transpose(-3, -2)
+        shifts = torch.arange(0, 32, layout.bits, dtype=torch.int32, device=x.device).view(-1, 1, 1)
+        codes = self.data.view(N, 1, -1, layout.halves // 2) >> shifts & (2**layout.bits - 1)  # [N, h and p, B, w]
+        scale, zero = (None if t is None else self._spread(t) for t in (self.scale, self.zero))
+        weight = self.decode(codes.view(N, 2, scale.shape[2], -1, *codes.shape[2:]), scale, zero)
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x[..., 0].numel() == 1:
             # As in `model.Linear`: one pass over the matrix. The compiler inlines how an operand comes about and would
             # sort x anew for every row, but what `as_strided` looks at it has to write out.
-            x_PGW = x_P.float().flatten().as_strided((x.numel(),), (1,)).view(weight.shape[1:])
-            y = (weight * x_PGW).sum((1, 2, 3))
+            x_hpBw = x_hpBw.float().flatten().as_strided((x.numel(),), (1,)).view(weight.shape[1:])
+            y = (weight * x_hpBw).flatten(1).sum(1)
             y = y if self.bias is None else y + self.bias.float()
             return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return F.linear(x_P, weight.to(x.dtype).flatten(1), self.bias)
+        return F.linear(x_hpBw.flatten(-4), weight.to(x.dtype).flatten(1), self.bias)
 
-    def _decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """fp32 weights of codes [n, ..., G, any]."""
-        shape = (len(codes), *[1] * (codes.dim() - 3), codes.shape[-2], 1)
-        return self.decode(codes, scale.view(shape), None if zero is None else zero.view(shape))
+    def _spread(self, scale: Tensor) -> Tensor:
+        """A row's scales [N] or [N, G] in the order of the planes: [N, 1, planes with their own, 1, blocks, 1]."""
+        if not self.group:
+            return scale.view(-1, 1, 1, 1, 1, 1)
+        own = self.layout.block // self.group
+        if scale.shape[1] % own:
+            scale = F.pad(scale, (0, -scale.shape[1] % own))
+        return scale.view(len(scale), 1, -1, own, 1, 1).transpose(2, 3).transpose(3, 4)
 
     def extra_repr(self) -> str:
         kind = f"{self.format}, group={self.group}, symmetric={self.zero is None}" if self.group else self.format
@@ -203,8 +220,7 @@ class QuantizedLinear(nn.Module):
 class _ByteLinear(QuantizedLinear):
     """A byte a weight and a scale a row."""
 
-    bits = 8
-    pack, unpack = staticmethod(pack_bytes), staticmethod(unpack_bytes)
+    layout = BYTES
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype) -> None:
         if in_features % 16:
@@ -247,8 +263,7 @@ class Int4Linear(QuantizedLinear):
     """Integers of 4 bits; `group` neighbours along K share a scale and, where not `symmetric`, a zero."""
 
     format = "int4"
-    bits = 4
-    pack, unpack = staticmethod(pack_nibbles), staticmethod(unpack_nibbles)
+    layout = NIBBLES
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from kernels import linear, tuning
 from kernels.tuning import Plan
 from kernels.weight import Weight
 from model import ModelConfig, Transformer
-from quant.linears import GROUPS
+from quant.linears import BYTES, GROUPS, NIBBLES
 
 
 class Case(NamedTuple):
@@ -97,13 +97,11 @@ def candidates(case: Case) -> list[Plan]:
             block = BN * BK * halves * bits // 8
             if reach >= BK and (2048 if small else 4096) <= block <= 32768 and 32 <= block / (32 * warps) <= 128:
                 plans.append(Plan(BN, BK, warps))
-    elif case.rows == 1:
-        depths = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)  # not compiled in, so many cost little
-        for BN, warps, depth in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), depths):
-            per_thread = BN * reach * halves * bits // 8 / (32 * warps)
-            programs = case.N / (BN * depth)
-            if 16 <= per_thread <= 128 and reach // (32 * warps) <= 64 and (depth == 1 or programs >= 120):
-                plans.append(Plan(BN, reach, warps, depth))
+    elif case.format != "float":
+        loads = -(-case.K // (128 if case.format == "int4" else 64))  # of a warp, for 16 rows each 1 KB
+        for rows, warps, depth in itertools.product((16, 32, 64), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6)):
+            if warps <= loads and depth <= -(-loads // warps) and depth * rows <= 128 and loads <= 16 * warps:
+                plans.append(Plan(rows // halves, 0, warps, depth))
     else:
         for BN, BK, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (2, 3, 4, 5)):
             block = BN * BK * halves * bits // 8
@@ -118,7 +116,7 @@ class Bench:
     def __init__(self, case: Case, copies: int) -> None:
         self.case = case
         N = case.N * (2 if case.mode == "glu" else 1)
-        words = case.K // {"float": 1, "int8": 4, "fp8": 4, "int4": 8}[case.format]
+        words = {"float": case.K, "int4": NIBBLES.words(case.K)}.get(case.format) or BYTES.words(case.K)
         self.weights = []
         for _ in range(copies):
             if case.format == "float":
@@ -179,8 +177,6 @@ def best_plans(todo: list[Case], jobs: int) -> dict[str, dict]:
     """For each case the fastest plans by themselves, best first."""
     found = {}
     work = [(case, plan) for case in todo for plan in candidates(case)]
-    if todo[0].rows == 1:
-        work = list(dict.fromkeys((case, plan._replace(depth=1)) for case, plan in work))
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, work, chunksize=4))
     for case in todo:

@@ -67,15 +67,16 @@ def test_linear(format: str, M: int, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["store", "add", "glu", "argmax"])
-def test_a_program_takes_several_blocks_of_packed_rows(mode: str) -> None:
-    N, K = 22, 128
-    weight, x, norm = random_weight("int8", N, K), random(1, K), 1 + 0.1 * random(K)
+@pytest.mark.parametrize("format", ["int8", "int4 g32"])
+def test_a_packed_matrix_cut_into_several_programs_warps_and_loads(format: str, mode: str) -> None:
+    N, K, M = 44, 416, 1 if mode == "argmax" else 2  # rows and inputs that nothing divides
+    weight, x, norm = random_weight(format, N, K), random(M, K), 1 + 0.1 * random(K)
     outputs = N // 2 if mode == "glu" else N
-    out = random(1, outputs)
+    out = random(M, outputs)
     want = linear.linear_twin(x, weight, norm=norm, glu=mode == "glu", residual=out.clone() if mode == "add" else None)
     if mode == "argmax":
-        out = torch.full((1,), NOTHING, dtype=torch.int64, device=DEVICE)
-    plan = Plan(BN=2, BK=K, num_warps=1, depth=3)  # 6 outputs a program, the last one has fewer
+        out = torch.full((M,), NOTHING, dtype=torch.int64, device=DEVICE)
+    plan = Plan(BN=16, BK=0, num_warps=2, depth=1)
     linear.launch(x, weight, out, norm=norm, eps=0.0, mode=mode, plan=plan)
     if mode == "argmax":
         assert 0xFFFFFFFF - (out & 0xFFFFFFFF).item() == want.argmax().item()
@@ -99,16 +100,11 @@ def test_large_activations_do_not_overflow_in_fp16(M: int) -> None:
 
 
 def test_a_plan_for_tiles_is_cut_down_to_the_shared_memory_there_is() -> None:
-    plan = Plan(64, 512, 4, 4)
-    for format in FORMATS_OF_PLANS:
-        for M, mode, itemsize in ((2, "store", 2), (64, "glu", 4)):
-            fitted = tuning.fit(plan, format, M, mode, itemsize, 101376)
-            assert tuning.tile_bytes(fitted, format, M, mode, itemsize) <= 101376
-            assert tuning.fit(fitted, format, M, mode, itemsize, 101376) == fitted
-    assert tuning.fit(Plan(32, 128, 4, 4), "float", 16, "store", 2, 232448) == Plan(32, 128, 4, 4)
-
-
-FORMATS_OF_PLANS = ("float", "int8", "fp8", "int4")
+    for M, mode, itemsize in ((2, "store", 2), (16, "glu", 4)):
+        fitted = tuning.fit(Plan(64, 512, 4, 4), M, mode, itemsize, 101376)
+        assert tuning.tile_bytes(fitted, M, mode, itemsize) <= 101376
+        assert tuning.fit(fitted, M, mode, itemsize, 101376) == fitted
+    assert tuning.fit(Plan(32, 128, 4, 4), 16, "store", 2, 232448) == Plan(32, 128, 4, 4)
 
 
 @pytest.mark.parametrize("M", [1, 2])
@@ -123,7 +119,7 @@ def test_linear_at_lengths_around_a_block(M: int, K: int) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("M", [1, 4])
 def test_linear_in_half_precision(format: str, dtype: torch.dtype, M: int) -> None:
-    if DEVICE == "cpu" and dtype == torch.bfloat16 and M > 1:
+    if DEVICE == "cpu" and dtype == torch.bfloat16 and (M > 1 or format != "float"):
         pytest.skip("the interpreter multiplies bf16 matrices as if they were integers")
     weight, x = random_weight(format, 40, 256, dtype=dtype), random(M, 256, dtype=dtype)
     norm = (1 + 0.1 * random(256)).to(dtype)

@@ -14,20 +14,19 @@ from generate import Generator, Request
 from model import Linear, Transformer
 from quant import linears
 from quant.linears import (
+    BYTES,
+    NIBBLES,
     RECIPES,
     Fp8Linear,
     Int4Linear,
     Int8Linear,
+    Layout,
     QuantizedLinear,
     Recipe,
-    pack_bytes,
-    pack_nibbles,
     quantize_model,
     round_fp8,
     round_int4,
     round_int8,
-    unpack_bytes,
-    unpack_nibbles,
 )
 from tests.conftest import TINY, tiny_model
 
@@ -58,26 +57,25 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tenso
 # ---- The packed layouts ---------------------------------------------------------------------------------------------
 
 
-def test_byte_b_of_word_i_of_a_chunk_is_weight_4b_plus_i() -> None:
-    codes = torch.randint(0, 256, (3, 48), dtype=torch.uint8)
-    words = pack_bytes(codes)
-    assert (words.shape, words.dtype) == ((3, 12), torch.int32)
+def check(layout: Layout, K: int, words: int, place: Callable[[int], tuple[int, int]]) -> None:
+    """`place` says of each k in which half-word of its row it is, and how many bits up."""
+    codes = torch.randint(0, 2**layout.bits, (3, K), dtype=torch.uint8)
+    data = layout.pack(codes)
+    assert (data.shape, data.dtype, layout.words(K)) == ((3, words), torch.int32, words)
+    assert torch.equal(layout.unpack(data, K), codes)
     for n in range(3):
-        for k in range(48):
-            chunk, b, i = k // 16, k % 16 // 4, k % 4
-            assert (words[n, 4 * chunk + i].item() >> 8 * b) & 255 == codes[n, k]
-    assert torch.equal(unpack_bytes(words), codes)
+        for k in range(K):
+            half, up = place(k)
+            assert (data.view(torch.int16)[n, half].item() >> up) & (2**layout.bits - 1) == codes[n, k]
 
 
-def test_nibble_p_of_word_i_of_a_chunk_is_weight_4p_plus_i() -> None:
-    codes = torch.randint(0, 16, (3, 96), dtype=torch.uint8)
-    words = pack_nibbles(codes)
-    assert (words.shape, words.dtype) == ((3, 12), torch.int32)
-    for n in range(3):
-        for k in range(96):
-            chunk, p, i = k // 32, k % 32 // 4, k % 4
-            assert (words[n, 4 * chunk + i].item() >> 4 * p) & 15 == codes[n, k]
-    assert torch.equal(unpack_nibbles(words), codes)
+def test_byte_p_of_half_word_i_of_a_block_is_weight_8p_plus_i() -> None:
+    check(BYTES, 48, 12, lambda k: (k // 16 * 8 + k % 8, k % 16 // 8 * 8))
+
+
+@pytest.mark.parametrize(("K", "words"), [(256, 32), (96, 16), (160, 32)])
+def test_nibble_p_of_half_word_i_of_a_block_is_weight_32p_plus_i(K: int, words: int) -> None:
+    check(NIBBLES, K, words, lambda k: (k // 128 * 32 + k % 32, k % 128 // 32 * 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -295,7 +293,7 @@ def test_rows_that_no_layout_takes_name_the_linear(name: str) -> None:
 def test_a_tied_head_becomes_a_matrix_of_its_own() -> None:
     model = quantized(RECIPES["int8"], tied_head=True)
     assert not hasattr(model.head, "weight")
-    assert model.head.data.shape == (CONFIG.vocab_size, 16)
+    assert model.head.data.shape == (CONFIG.vocab_size, 64 // 4)
     assert model.embed.weight.shape == (CONFIG.vocab_size, 64)
 
 
@@ -337,7 +335,7 @@ def test_a_step_reads_the_packed_weights_and_not_the_embedding() -> None:
     model = real("int4", tiny_model(replace(CONFIG, tied_head=True)))
     generator = Generator(model, max_seq_len=64)
     norms = 4 * 64 * (2 * CONFIG.n_layers + 1)
-    words = 4 * (144 * 8 + 64 * 12 + 192 * 8 + 64 * 12)  # of qkv, o, gate_up, down
+    words = 4 * 16 * (144 + 64 + 192 + 64)  # of qkv, o, gate_up, down, whose rows end with a whole block
     scales = 4 * (144 * 1 + 64 * 3 + 192 * 1 + 64 * 3)
     head = CONFIG.vocab_size * (64 + 4)
     cache = generator.cache.narrow(5).nbytes

@@ -5,7 +5,7 @@ import torch
 
 from checkpoint import load_model, open_checkpoint
 from generate import Generator, Request
-from kernels import attention, elementwise, linear
+from kernels import attention, elementwise, linear, packed
 from sampling import SamplingParams
 from tests.conftest import TINY, tiny_model
 
@@ -26,8 +26,8 @@ def answers(generator: Generator, prompts: list[list[int]], new: int, **params) 
 def compiled_kernels() -> int:
     import triton
 
-    functions = {f for module in (attention, elementwise, linear) for f in vars(module).values()}
-    kernels = [f for f in functions if isinstance(f, triton.JITFunction)]
+    functions = [f for module in (attention, elementwise, linear, packed) for f in vars(module).values()]
+    kernels = {f for f in functions if isinstance(f, triton.JITFunction)}
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 
