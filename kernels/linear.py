@@ -163,7 +163,7 @@ def launch(
         x, norm = elementwise.rms_norm(x, norm, eps), None
     plan = plan or tuning.plan(weight.format, M, N, K, mode, x)
     BK = min(plan.BK, triton.next_power_of_2(K))
-    BM = max(8, triton.next_power_of_2(M))
+    BM = triton.next_power_of_2(M)
     options = {
         "bias": x if weight.bias is None else weight.bias,
         "norm": x if norm is None else norm,
@@ -194,13 +194,14 @@ def launch(
             S=plan.num_warps,
             AHEAD=plan.depth,
             PTX=language.ptx(x),
+            num_stages=1,  # loads go to registers, a step ahead
             **options,
         )
     elif M == 1:
         _vector_kernel[grid](x, weight.data, BK=BK, **options)
     else:
         BK = max(BK, 16)  # a tensor core's least
-        _tile_kernel[grid](x, weight.data, M=M, BM=BM, BK=BK, num_stages=plan.depth, **options)
+        _tile_kernel[grid](x, weight.data, M=M, BM=max(BM, 8), BK=BK, num_stages=plan.depth, **options)
 
 
 @jit

@@ -1,15 +1,17 @@
 """A packed matrix times 1 to 64 rows of activations, on the tensor cores.
 
-Codes of 8 and 4 bits are read at full speed only if widening one costs about one instruction. A tensor core takes pairs
-of bf16 in 32-bit registers, so two codes are widened at once by moving them into the mantissas of two bf16
-(`dequantize.widen`), and multiplying and adding cost next to nothing: even a single row of activations, padded to the
-eight that a tensor core's least product has, is cheaper this way than on the other cores.
+Codes of 8 and 4 bits are read at full speed only if each costs about one instruction. A tensor core takes pairs of bf16
+in 32-bit registers, so two codes are widened at once by moving them into the mantissas of two bf16
+(`dequantize.widen`), and multiplying and adding cost next to nothing.
 
-The one idea: the packed layout (`quant/README.md`) gives a thread in one load of 16 bytes what a tensor core's operand
-wants from it, so no code moves between threads. An operand of mma.m16n8k16 has lane 4 r + t hold, of row r, the inputs
-2t, 2t + 1, 2t + 8 and 2t + 9 of sixteen. Sums do not mind an order, so the four, twice, may be any eight inputs if the
-other operand agrees: here they are one code out of each of the eight half-words that lane t loaded. Tensors are shaped
-[t 4, r 8, warp, tile, half-word 8], which Triton spreads over lanes, warps and registers in this order.
+Operands without a move: the packed layout (`quant/README.md`) gives a thread in one load of 16 bytes what an operand
+wants from it. An operand of mma.m16n8k16 has lane 4 r + t hold, of row r, the inputs 2t, 2t + 1, 2t + 8 and 2t + 9 of
+sixteen. A sum does not mind its order, so these four, twice, may be any eight inputs if the other operand agrees: here
+they are one code out of each of the eight half-words that lane t loaded. Tensors are shaped [t 4, r 8, warp, ..., 8
+half-words], which Triton spreads over lanes, warps and registers in this order.
+
+Columns without waste: the least product has eight columns. Where there are fewer rows of activations, the columns hold
+the activations of several blocks of inputs. A block's product is then right in its own columns, and only these are kept.
 
 A program computes some whole rows. Its warps share the inputs, and their sums are added at the end.
 """
@@ -19,55 +21,110 @@ from kernels.language import jit, order, tl, triton, wait
 
 
 @jit
-def _at(dim: tl.constexpr, size: tl.constexpr):
-    """0 .. size along one of the five dimensions."""
+def _at(dim: tl.constexpr, size: tl.constexpr, rank: tl.constexpr = 5):
+    """0 .. size along one of the dimensions."""
     i = tl.arange(0, size)
-    for d in tl.static_range(5):
+    for d in tl.static_range(rank):
         if d != dim:
             i = tl.expand_dims(i, d)
     return i
 
 
 @jit
-def _words(w, rows, j, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, S: tl.constexpr):
-    """Half-words [4, 8, S, 2, 8] of 16 rows: the j-th of the BLOCKS that a warp takes of each."""
-    chunk = (j * S + _at(2, S)) * 4 + _at(0, 4)
-    at = rows * (CHUNKS * 8) + chunk * 8 + _at(4, 8)
-    if BLOCKS * S * 4 == CHUNKS:
-        return tl.load(w + at)
-    return tl.load(w + at, mask=chunk < CHUNKS, other=0)
+def _row(t: tl.constexpr, low, high, last, N, GLU: tl.constexpr):
+    """Rows of the t-th tile of sixteen, from the program's first on: `low` counts eight, `high` two times these.
 
-
-@jit
-def _vectors(x, m, M, j, p: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr):
-    """What of rows x [M, K] meets the p-th codes of the j-th block: [4, 8, S, BM / 8, 8], zeros from row M on."""
-    if FORMAT == "int4":
-        k = (j * S + _at(2, S)) * 128 + 32 * p + _at(0, 4) * 8 + _at(4, 8)
+    With GLU they are eight of the gate and the same of up. Past the end it is the last row again.
+    """
+    if GLU:
+        return tl.minimum(t * 8 + low, last) + high * N
     else:
-        k = (j * S + _at(2, S)) * 64 + 8 * p + _at(0, 4) * 16 + _at(4, 8)
-    return tl.load(x + m * K + k, mask=(m < M) & (k < K), other=0.0)
+        return tl.minimum(t * 16 + high * 8 + low, last)
 
 
 @jit
-def _scales(scale, tile, j, g: tl.constexpr, SCALES: tl.constexpr, PER: tl.constexpr, S: tl.constexpr):
-    """Scales or zeros [S, 16] of a tile's rows and the g-th of the groups in the j-th block."""
-    group = (j * S + tl.arange(0, S)) * (4 // PER) + g
-    at = tile[None, :] * SCALES + group[:, None]
-    return tl.load(scale + at, mask=(group < SCALES)[:, None], other=0.0)
+def _words(w, row, step, ROW: tl.constexpr, EACH: tl.constexpr, NB: tl.constexpr, S: tl.constexpr,
+           RAGGED: tl.constexpr):  # fmt: skip
+    """Half-words [4, 8, S, 2, NB, 8] of 16 rows: the NB blocks of a step, of the EACH that a warp has of each row."""
+    mine = step * NB + _at(4, NB, 6)
+    at = (_at(2, S, 6) * EACH + mine) * 32 + _at(0, 4, 6) * 8
+    words = w + row * ROW + at + _at(5, 8, 6)
+    if RAGGED:
+        return tl.load(words, mask=(mine < EACH) & (at < ROW), other=0)
+    return tl.load(words)
 
 
 @jit
-def _left(v, S: tl.constexpr):
-    """Codes [4, 8, S, 2, 8] as a product's left side [S, 16, 32]."""
-    v = tl.reshape(v, [4, 8, S, 2, 2, 2, 2])
-    return tl.reshape(tl.permute(v, [2, 3, 1, 4, 5, 0, 6]), [S, 16, 32])
+def _vectors(x, M, step, p: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, EACH: tl.constexpr, NB: tl.constexpr,
+             BM: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """What of rows x [M, K] meets the p-th codes in each column: [4, 8, S, columns / 8, 8].
+
+    Columns are BM rows, or where there are less than eight, these for one block after another.
+    """
+    if BM < 8:
+        column = _at(1, 8)
+        m = column % BM
+        mine = step * NB + column // BM
+        keep = (m < M) & (column // BM < NB) & (mine < EACH)
+    else:
+        m = _at(3, BM // 8) * 8 + _at(1, 8)
+        mine = step
+        keep = m < M
+    block = _at(2, S) * EACH + mine
+    if FORMAT == "int4":
+        k = block * 128 + 32 * p + _at(0, 4) * 8 + _at(4, 8)
+    else:
+        k = block * 64 + 8 * p + _at(0, 4) * 16 + _at(4, 8)
+    return tl.load(x + m * K + k, mask=keep & (k < K), other=0.0)
 
 
 @jit
-def _right(v, S: tl.constexpr, BM: tl.constexpr):
-    """Activations [4, 8, S, BM / 8, 8] as a product's right side [S, 32, BM]."""
-    v = tl.reshape(v, [4, 8, S, BM // 8, 2, 2, 2])
-    return tl.reshape(tl.permute(v, [2, 4, 5, 0, 6, 3, 1]), [S, 32, BM])
+def _scales(scale, t: tl.constexpr, last, N, step, g: tl.constexpr, SCALES: tl.constexpr, PER: tl.constexpr,
+            EACH: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr, S: tl.constexpr, GLU: tl.constexpr):  # fmt: skip
+    """Scales or zeros of a tile's rows for the g-th group of each column's block, fp32: [S, 16, 8 columns or 1]."""
+    if NB == 1:
+        r = tl.arange(0, 16)
+        row = _row(t, r % 8, r // 8, last, N, GLU)
+        group = (tl.arange(0, S) * EACH + step) * (4 // PER) + g
+        v = tl.load(scale + row[None, :] * SCALES + group[:, None], mask=(group < SCALES)[:, None], other=0.0)
+        return v.to(tl.float32)[:, :, None]
+    else:  # as a product's result lies: lane 4 r + t has columns 2t and 2t + 1 of rows r and r + 8
+        row = _row(t, _at(1, 8), _at(3, 2), last, N, GLU)
+        block = _at(2, S) * EACH + step * NB + (_at(0, 4) * 2 + _at(4, 2)) // BM
+        group = block * (4 // PER) + g
+        v = tl.load(scale + row * SCALES + group, mask=group < SCALES, other=0.0)
+        return tl.reshape(tl.permute(v, [2, 3, 1, 0, 4]), [S, 16, 8]).to(tl.float32)
+
+
+@jit
+def _left(v, S: tl.constexpr, NB: tl.constexpr):
+    """Codes [4, 8, S, 2, NB, 8] as a product's left side [NB S, 16, 32]."""
+    v = tl.reshape(v, [4, 8, S, 2, NB, 2, 2, 2])
+    return tl.reshape(tl.permute(v, [4, 2, 3, 1, 5, 6, 0, 7]), [NB * S, 16, 32])
+
+
+@jit
+def _right(v, S: tl.constexpr, COLUMNS: tl.constexpr):
+    """Activations [4, 8, S, COLUMNS / 8, 8] as a product's right side [S, 32, COLUMNS]."""
+    v = tl.reshape(v, [4, 8, S, COLUMNS // 8, 2, 2, 2])
+    return tl.reshape(tl.permute(v, [2, 4, 5, 0, 6, 3, 1]), [S, 32, COLUMNS])
+
+
+@jit
+def _repeat(v, S: tl.constexpr, NB: tl.constexpr, COLUMNS: tl.constexpr):
+    """[S, 32, COLUMNS] for each of NB blocks: [NB S, 32, COLUMNS]."""
+    return tl.reshape(tl.broadcast_to(v[None], [NB, S, 32, COLUMNS]), [NB * S, 32, COLUMNS])
+
+
+@jit
+def _own(part, S: tl.constexpr, NB: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of products [NB S, 16, COLUMNS] each block's own columns: [S, 16, COLUMNS]."""
+    if NB == 1:
+        return part
+    else:
+        own = (tl.arange(0, COLUMNS) // BM)[None, :] == tl.arange(0, NB)[:, None]
+        part = tl.reshape(part, [NB, S, 16, COLUMNS])
+        return tl.sum(tl.where(own[:, None, None, :], part, 0.0), 0)
 
 
 @jit
@@ -77,108 +134,103 @@ def packed_kernel(x, w, scale, zero, bias, norm, out, N, M, eps, K: tl.constexpr
                   PDL: tl.constexpr):  # fmt: skip
     """BN outputs of M rows of x [M, K] by a packed matrix, `w` its half-words; MODE as in `linear`'s kernels.
 
-    S is the number of warps, AHEAD how many loads of each row they have under way. NORM is for M = 1.
+    S is the number of warps, AHEAD how many blocks of a row each takes at a time, at most. NORM is for M = 1.
     """
     GLU: tl.constexpr = MODE == "glu"
     TILES: tl.constexpr = BN // 8 if GLU else BN // 16  # of 16 rows; with "glu" eight of the gate and eight of up
-    EACH: tl.constexpr = BN // TILES  # outputs of a tile
     Q: tl.constexpr = 4 if FORMAT == "int4" else 2  # codes in a half-word
-    CHUNKS: tl.constexpr = (K + 127) // 128 * 4 if FORMAT == "int4" else K // 16  # 16 bytes each, in a row
-    BLOCKS: tl.constexpr = (CHUNKS + 4 * S - 1) // (4 * S)  # loads of a thread for a row
+    COLUMNS: tl.constexpr = BM if BM > 8 else 8
+    BLOCKS: tl.constexpr = (K + 32 * Q - 1) // (32 * Q)  # of 64 bytes, in a row; the last of bytes may be cut short
+    EACH: tl.constexpr = (BLOCKS + S - 1) // S  # of a warp
+    NB: tl.constexpr = min(min(COLUMNS // BM, AHEAD), triton.next_power_of_2(EACH))  # at a time
+    STEPS: tl.constexpr = (EACH + NB - 1) // NB
     SCALES: tl.constexpr = K // GROUP if FORMAT == "int4" else 1  # of a row
     PER: tl.constexpr = GROUP // 32 if FORMAT == "int4" else Q  # products with the same scale
     OFFSET: tl.constexpr = 128.0 if PTX else 0.0  # of codes of 4 bits, as `widen` gives them
+    RAGGED: tl.constexpr = S * STEPS * NB != BLOCKS
+    ROW: tl.constexpr = BLOCKS * 32 if FORMAT == "int4" else K // 2  # half-words
     dtype: tl.constexpr = x.dtype.element_ty
 
-    # Everything that no kernel before this one writes is asked for before the wait, and all else a block ahead.
-    first = tl.program_id(0).to(tl.int64) * BN
-    last = (N - 1 - first).to(tl.int32)
-    w += first * (CHUNKS * 8)
-    scale += first * SCALES
-    zero += first * SCALES
-    r = tl.arange(0, 16)
-    tiles, rows, words = (), (), ()
+    # What no kernel before this one writes is asked for before the wait. Loads come back in order: those of a step go
+    # before the next step's words.
+    base = tl.program_id(0).to(tl.int64) * BN
+    last = (N - 1 - base).to(tl.int32)
+    w += base * ROW
+    scale += base * SCALES
+    zero += base * SCALES
+    words, sums = (), ()
     for t in tl.static_range(TILES):
-        if GLU:
-            tiles = tiles + (tl.minimum(t * EACH + r % 8, last) + r // 8 * N,)
-            rows = rows + (tl.minimum(t * EACH + _at(1, 8), last) + _at(3, 2) * N,)
-        else:
-            tiles = tiles + (tl.minimum(t * EACH + r, last),)
-            rows = rows + (tl.minimum(t * EACH + _at(3, 2) * 8 + _at(1, 8), last),)
-    for j in tl.static_range(min(AHEAD, BLOCKS)):
-        for t in tl.static_range(TILES):
-            words = words + (_words(w, rows[t], j, BLOCKS, CHUNKS, S),)
-    m = _at(3, BM // 8) * 8 + _at(1, 8)
-    xs, norms, scales, zeros = (), (), (), ()
-    if NORM:
-        for p in tl.static_range(Q):
-            norms = norms + (_vectors(norm, m * 0, 1, 0, p, K, FORMAT, S),)
+        row = _row(t, _at(1, 8, 6), _at(3, 2, 6), last, N, GLU)
+        words = words + (_words(w, row, 0, ROW, EACH, NB, S, RAGGED),)
+        sums = sums + (tl.zeros([S, 16, COLUMNS], tl.float32),)
     wait(PDL)
-    for p in tl.static_range(Q):
-        xs = xs + (_vectors(x, m, M, 0, p, K, FORMAT, S),)
-    rms = 1.0
-    if NORM:
-        k = tl.arange(0, triton.next_power_of_2(K))
-        h = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        rms = 1.0 / tl.sqrt(tl.sum(h * h, 0) / K + eps)
 
-    sums = ()
-    for t in tl.static_range(TILES):
-        sums = sums + (tl.zeros([S, 16, BM], tl.float32),)
-    ones = tl.full([S, 16, 32], 1.0, dtype)
-    for j in tl.static_range(BLOCKS):
-        for t in tl.static_range(TILES):
-            if j + AHEAD < BLOCKS:
-                words = words + (_words(w, rows[t], j + AHEAD, BLOCKS, CHUNKS, S),)
-            if FORMAT == "int4":
-                for g in tl.static_range(4 // PER):
-                    scales = scales + (_scales(scale, tiles[t], j, g, SCALES, PER, S),)
-                    if ZERO:
-                        zeros = zeros + (_scales(zero, tiles[t], j, g, SCALES, PER, S),)
-        if j + 1 < BLOCKS:
-            for p in tl.static_range(Q):
-                xs = xs + (_vectors(x, m, M, j + 1, p, K, FORMAT, S),)
-                if NORM:
-                    norms = norms + (_vectors(norm, m * 0, 1, j + 1, p, K, FORMAT, S),)
+    squares = tl.zeros([4, 8, S, COLUMNS // 8, 8], tl.float32)
+    for step in range(STEPS):
         sides = ()
         for p in tl.static_range(Q):
+            v = _vectors(x, M, step, p, K, FORMAT, EACH, NB, BM, S)
             if NORM:
-                sides = sides + (_right(xs[j * Q + p] * norms[j * Q + p], S, BM),)
-            else:
-                sides = sides + (_right(xs[j * Q + p], S, BM),)
+                h = v.to(tl.float32)
+                squares += h * h
+                v *= _vectors(norm, 1, step, p, K, FORMAT, EACH, NB, BM, S)
+            sides = sides + (_right(v, S, COLUMNS),)
+        scales, zeros = (), ()
+        if FORMAT == "int4":
+            for t in tl.static_range(TILES):
+                for g in tl.static_range(4 // PER):
+                    scales = scales + (_scales(scale, t, last, N, step, g, SCALES, PER, EACH, NB, BM, S, GLU),)
+                    if ZERO:
+                        zeros = zeros + (_scales(zero, t, last, N, step, g, SCALES, PER, EACH, NB, BM, S, GLU),)
+        ahead = words
+        if STEPS > 1:
+            ahead = ()
+            for t in tl.static_range(TILES):
+                row = _row(t, _at(1, 8, 6), _at(3, 2, 6), last, N, GLU)
+                ahead = ahead + (_words(w, row, step + 1, ROW, EACH, NB, S, True),)
         for g in tl.static_range(Q // PER):
-            if FORMAT == "int4":  # in every row the sum of the activations, which takes the zeros off
-                total = tl.zeros([S, 16, BM], tl.float32)
+            if FORMAT == "int4":  # in every row the sums of the activations, which take the zeros off
+                total = tl.zeros([S, 16, COLUMNS], tl.float32)
                 for p in tl.static_range(PER):
-                    total = tl.dot(ones, sides[g * PER + p], total, input_precision="ieee")
+                    total = tl.dot(tl.full([S, 16, 32], 1.0, dtype), sides[g * PER + p], total, input_precision="ieee")
             added = ()
             for t in tl.static_range(TILES):
-                part = sums[t]
-                if FORMAT == "int4":
-                    part = tl.zeros([S, 16, BM], tl.float32)
+                part = tl.zeros([NB * S, 16, COLUMNS], tl.float32)
                 for p in tl.static_range(PER):
-                    codes = _left(widen(words[j * TILES + t], g * PER + p, FORMAT, PTX, dtype), S)
-                    part = tl.dot(codes, sides[g * PER + p], part, input_precision="ieee")
+                    codes = _left(widen(words[t], g * PER + p, FORMAT, PTX, dtype), S, NB)
+                    side = _repeat(sides[g * PER + p], S, NB, COLUMNS)
+                    part = tl.dot(codes, side, part, input_precision="ieee")
+                part = _own(part, S, NB, BM, COLUMNS)
                 if FORMAT == "int4":
                     if ZERO:
-                        part -= (zeros[(j * TILES + t) * (4 // PER) + g].to(tl.float32) + OFFSET)[:, :, None] * total
+                        part -= (zeros[t * (4 // PER) + g] + OFFSET) * total
                     else:
                         part -= (OFFSET + 8.0) * total
-                    part = sums[t] + part * scales[(j * TILES + t) * (4 // PER) + g].to(tl.float32)[:, :, None]
-                added = added + (part,)
+                    part *= scales[t * (4 // PER) + g]
+                added = added + (sums[t] + part,)
             sums = added
+        words = ahead
 
+    rms = 1.0
+    if NORM:
+        rms = 1.0 / tl.sqrt(tl.sum(squares) / K + eps)
     for t in tl.static_range(TILES):
-        y = tl.sum(sums[t], 0) * rms  # [16, BM]
+        y = sums[t]
+        if BM < 8:
+            y = tl.sum(tl.reshape(y, [S, 16, 8 // BM, BM]), 2)
+        y = tl.sum(y, 0) * rms  # [16, BM]
+        r = tl.arange(0, 16)
+        row = _row(t, r % 8, r // 8, last, N, GLU)
         if FORMAT != "int4":
-            y *= tl.load(scale + tiles[t])[:, None]
+            y *= tl.load(scale + row)[:, None]
         if BIAS:
-            y += tl.load(bias + first + tiles[t]).to(tl.float32)[:, None]
+            y += tl.load(bias + base + row).to(tl.float32)[:, None]
         if GLU:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, 8, BM]), [1, 2, 0]))
             y = gate / (1.0 + tl.exp(-gate)) * up
-        index = first + t * EACH + tl.arange(0, EACH)
-        _store(out, y, index, N, M, MODE, BM)
+            _store(out, y, base + t * 8 + tl.arange(0, 8), N, M, MODE, BM)
+        else:
+            _store(out, y, base + t * 16 + r, N, M, MODE, BM)
 
 
 @jit
