@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     BN: int  # outputs in a block
     BK: int  # inputs in a block; 0 for packed weights, whose programs take whole rows
     num_warps: int
-    depth: int = 1  # stages of a pipeline of tiles; loads of packed weights that a warp has under way
+    depth: int = 1  # stages of a pipeline of tiles; 64-byte blocks of a packed row that a warp takes at a time
 
 
 class AttentionPlan(NamedTuple):
@@ -101,7 +101,7 @@ def rule(format: str, M: int, N: int, K: int, mode: str) -> Plan:
         return Plan(max(1, min(8192 // BK, 2) // halves), BK, 4 if BK >= 1024 else 1)
     if format != "float":
         inputs = 128 if format == "int4" else 64  # what a warp takes at a time
-        return Plan(16, 0, max(1, min(8, reach // inputs)), 2)
+        return Plan(8 if mode == "glu" else 16, 0, max(1, min(4 if K <= 4096 else 8, reach // inputs)), 4)
     return Plan(32 if N // 32 >= 96 else 16, 128, 4, 4)
 
 

@@ -98,9 +98,10 @@ def candidates(case: Case) -> list[Plan]:
             if reach >= BK and (2048 if small else 4096) <= block <= 32768 and 32 <= block / (32 * warps) <= 128:
                 plans.append(Plan(BN, BK, warps))
     elif case.format != "float":
-        loads = -(-case.K // (128 if case.format == "int4" else 64))  # of a warp, for 16 rows each 1 KB
-        for rows, warps, depth in itertools.product((16, 32, 64), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6)):
-            if warps <= loads and depth <= -(-loads // warps) and depth * rows <= 128 and loads <= 16 * warps:
+        loads = -(-case.K // (128 if case.format == "int4" else 64))  # 64 bytes each, of a row
+        tiles, depths = ((16, 32), (2, 4, 8)) if case.rows == 1 else ((16, 32, 64), (1,))
+        for rows, warps, depth in itertools.product(tiles, (2, 4, 8, 16), depths):
+            if loads <= 32 * warps and (depth - 1) * warps < loads:
                 plans.append(Plan(rows // halves, 0, warps, depth))
     else:
         for BN, BK, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (2, 3, 4, 5)):
