@@ -7,7 +7,7 @@ number of rows M:
 
 - M = 1, float weights: `_vector_kernel`. A program holds a few whole rows of the matrix against x, in fp32 on the
   CUDA cores.
-- M = 2 to `tuning.most_rows`: `_tile_kernel`. The rows of x, padded to 8 or 16, are one side of a tensor-core product,
+- M = 2 to `tuning.most_rows`: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core product,
   so that 16 rows cost what one costs.
 - M = 1 to `tuning.most_rows`, packed weights: `packed.packed_kernel`.
 - more: cuBLAS over dequantized weights, and `elementwise` for the rest.
@@ -201,7 +201,7 @@ def launch(
         _vector_kernel[grid](x, weight.data, BK=BK, **options)
     else:
         BK = max(BK, 16)  # a tensor core's least
-        _tile_kernel[grid](x, weight.data, M=M, BM=max(BM, 8), BK=BK, num_stages=plan.depth, **options)
+        _tile_kernel[grid](x, weight.data, M=M, BM=max(BM, 16), BK=BK, num_stages=plan.depth, **options)
 
 
 @jit

@@ -10,8 +10,8 @@ sixteen. A sum does not mind its order, so these four, twice, may be any eight i
 they are one code out of each of the eight half-words that lane t loaded. Tensors are shaped [t 4, r 8, warp, ..., 8
 half-words], which Triton spreads over lanes, warps and registers in this order.
 
-Columns without waste: the least product has eight columns. Where there are fewer rows of activations, columns hold those
-of several blocks of inputs. A block's product is then right in its own columns, and only these are kept.
+Columns without waste: the least product has eight columns. Where there are fewer rows of activations, columns hold
+those of several blocks of inputs. A block's product is then right in its own columns, and only these are kept.
 
 A program computes some whole rows. Its warps share the inputs, and their sums are added at the end.
 """

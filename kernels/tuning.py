@@ -83,7 +83,7 @@ def fit(plan: Plan, M: int, mode: str, itemsize: int, limit: int) -> Plan:
 
 def tile_bytes(plan: Plan, M: int, mode: str, itemsize: int) -> int:
     """Shared memory that a tile kernel takes at most: the pipeline's blocks of weights and of x."""
-    rows = plan.BN * (2 if mode == "glu" else 1) + max(8, 1 << (M - 1).bit_length())
+    rows = plan.BN * (2 if mode == "glu" else 1) + max(16, 1 << (M - 1).bit_length())
     return plan.depth * plan.BK * rows * itemsize
 
 
