@@ -227,7 +227,7 @@ def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 def run(model: Transformer, tokens: Tensor, method=choose_codes, recipe: Recipe = INT4, **options) -> list[Calibrated]:
-    return list(calibrate(model, tokens, recipe, method, **options))
+    return list(calibrate(model, tokens, recipe, lambda name, *args: method(*args), **options))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
