@@ -103,8 +103,8 @@ class Options:
             raise ValueError("--method gptq chooses integers; leave out --format fp")
         if self.method == "awq" and (self.bits, self.format) != (4, "int"):
             raise ValueError(
-                f"--method awq goes with --bits 4 --format int; got --bits {self.bits} --format {self.format}, for "
-                "which rounding to nearest does as well"
+                f"--method awq goes with --bits 4 --format int; got --bits {self.bits} --format {self.format}, "
+                "which --method rtn rounds with little loss"
             )
         if self.output is None:
             raise ValueError("--output is missing; name the directory to be made")

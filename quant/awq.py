@@ -38,7 +38,7 @@ def fold_scales(layer: Block, linears: Mapping[str, QuantizedLinear], inputs: Ma
     G = attention.n_heads // K
 
     def scale(name: str, mean_abs: Tensor) -> Tensor:
-        """The scales [K] of a linear, chosen and multiplied in."""
+        """A scale for each input of a linear, chosen and multiplied in."""
         linear, hessian = layer.get_submodule(name), inputs[name].hessian
         s = best_scales(linears[name], linear.weight, hessian, mean_abs)
         linear.weight.mul_(s)
