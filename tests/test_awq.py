@@ -198,7 +198,7 @@ def test_logits_are_nearer_than_by_rounding_to_nearest(symmetric: bool) -> None:
         model = outliers(CONFIG)
         run(model, sample, recipe=recipe, prepare=prepare, clips=clips)
         errors.append((logits_of(model, fresh) - wanted).square().mean().item())
-    assert max(errors[1:]) < 0.7 * errors[0]
+    assert max(errors[1:]) < 0.85 * errors[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
