@@ -23,8 +23,8 @@ import checkpoint
 import cli
 import hardware
 from model import Transformer
-from quant.calibrate import calibrate, sample_tokens
-from quant.gptq import choose_codes
+from quant import awq, gptq
+from quant.calibrate import Method, Preparation, calibrate, sample_tokens
 from quant.linears import GROUPS, PIECE, Codes, QuantizedLinear, Recipe
 
 
@@ -73,7 +73,9 @@ class Options:
     checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "what to quantize; as for generate.py")
     output: Path | None = cli.option(None, "a directory to be made (needed)")
     method: str = cli.option(
-        "rtn", "what chooses the codes: rtn rounds to nearest, gptq needs --calibration", choices=("rtn", "gptq")
+        "rtn",
+        "what chooses the codes: rtn rounds to nearest; gptq, and awq for --bits 4, need --calibration",
+        choices=("rtn", "gptq", "awq"),
     )
     bits: int = cli.option(4, "of a weight in the layers: 4 or 8; the head has 8")
     format: str = cli.option("int", "of codes: int, or with --bits 8 fp (e4m3)", choices=("int", "fp"))
@@ -91,12 +93,19 @@ class Options:
     json: bool = cli.option(False, "print one JSON document")
 
     def __post_init__(self) -> None:
-        if self.method == "gptq" and self.calibration is None:
-            raise ValueError("--method gptq needs --calibration FILE, a text like those the model will read")
+        if self.method != "rtn" and self.calibration is None:
+            raise ValueError(f"--method {self.method} needs --calibration FILE, a text like those the model will read")
         if self.method == "rtn" and self.calibration is not None:
-            raise ValueError("--method rtn looks at no activations; leave out --calibration, or use --method gptq")
+            raise ValueError(
+                "--method rtn looks at no activations; leave out --calibration, or use --method gptq or --method awq"
+            )
         if self.method == "gptq" and self.format == "fp":
             raise ValueError("--method gptq chooses integers; leave out --format fp")
+        if self.method == "awq" and (self.bits, self.format) != (4, "int"):
+            raise ValueError(
+                f"--method awq goes with --bits 4 --format int; got --bits {self.bits} --format {self.format}, "
+                "which --method rtn rounds with little loss"
+            )
         if self.output is None:
             raise ValueError("--output is missing; name the directory to be made")
         if (self.bits, self.format) not in ((4, "int"), (8, "int"), (8, "fp")):
@@ -123,31 +132,57 @@ def round_to_nearest(
     return checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.recipe, packed=report)
 
 
-def by_gptq(
-    source: checkpoint.Checkpoint, options: Options, *, device: torch.device, dtype: torch.dtype, report: Report
+def by_gptq(source: checkpoint.Checkpoint, options: Options, **where) -> Transformer:
+    """The layers by GPTQ, one after another; the head rounded to nearest."""
+
+    def choose(name: str, linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
+        return gptq.choose_codes(linear, weight, hessian)
+
+    return _by_calibration(source, options, choose, **where)
+
+
+def by_awq(source: checkpoint.Checkpoint, options: Options, **where) -> Transformer:
+    """The layers by AWQ, one after another; the head rounded to nearest. Errors are those of the scaled weights."""
+    qk_rows = (source.config.n_heads + source.config.n_kv_heads) * source.config.head_dim
+
+    def choose(name: str, linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
+        return awq.choose_codes(linear, weight, hessian, unclipped=qk_rows if name == "attention.qkv" else 0)
+
+    return _by_calibration(source, options, choose, awq.fold_scales, **where)
+
+
+def _by_calibration(
+    source: checkpoint.Checkpoint,
+    options: Options,
+    method: Method,
+    prepare: Preparation | None = None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
 ) -> Transformer:
-    """The layers by GPTQ on sequences of the calibration text, one after another; the head rounded to nearest."""
+    """The layers by `method` on sequences of the calibration text, the head rounded to nearest."""
     text = source.tokenizer.encode(cli.read_text(options.calibration))
     seq_len = min(options.seq_len, source.config.max_seq_len)
     tokens = sample_tokens(text, samples=options.samples, seq_len=seq_len, seed=options.seed)
     model = checkpoint.load_model(source, device=device, dtype=dtype)
-    head, weights = model.head.weight, []
+    head, weights = model.head.weight, {}
 
-    def choose(linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
-        weights.append(weight)
-        return choose_codes(linear, weight, hessian)
+    def choose(name: str, linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
+        weights[name] = weight
+        return method(name, linear, weight, hessian)
 
-    for done in calibrate(model, tokens.to(device), options.recipe, choose):
-        for name, weight in zip(done.errors, weights, strict=True):
+    for done in calibrate(model, tokens.to(device), options.recipe, choose, prepare=prepare):
+        for name, error in done.errors.items():
             full_name = f"layers.{done.layer}.{name}"
-            report(full_name, model.get_submodule(full_name), 0, weight)
-            report.linears[full_name]["output_error"] = done.errors[name]
+            report(full_name, model.get_submodule(full_name), 0, weights[name])
+            report.linears[full_name]["output_error"] = error
         weights.clear()
     report("head", model.head, 0, head)
     return model
 
 
-METHODS: dict[str, Callable[..., Transformer]] = {"rtn": round_to_nearest, "gptq": by_gptq}
+METHODS: dict[str, Callable[..., Transformer]] = {"rtn": round_to_nearest, "gptq": by_gptq, "awq": by_awq}
 
 
 def quantize(options: Options) -> dict:

@@ -6,10 +6,11 @@ quantized, to give the activations before the next one. The four Hessians of a l
 order without "true sequential"). Above the model's memory there are the sequences' activations at one place, one
 layer's Hessians, and a cache of one layer.
 
-This file refuses to know how codes are chosen: a `Method` gets a matrix and its Hessian.
+This file refuses to know how codes are chosen: a `Method` gets a matrix and its Hessian. A `Preparation` may first
+rewrite the layer into another one that computes the same and suffers less from rounding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,8 +21,19 @@ from cache import StaticCache
 from model import Block, Linear, Step, Transformer
 from quant.linears import Codes, QuantizedLinear, Recipe
 
-# The linear to be filled, its weight [N, K] and the Hessian [K, K] of its inputs, fp32.
-Method = Callable[[QuantizedLinear, Tensor, Tensor], Codes]
+
+class Inputs(NamedTuple):
+    """What is known of the inputs [n, K] of a linear."""
+
+    hessian: Tensor  # fp32 [K, K]: 2/n * sum of x x^T
+    mean_abs: Tensor  # fp32 [K]: 1/n * sum of |x|
+
+
+# The linear's name in its layer, as "attention.qkv", the one to be filled, its weight [N, K] and its inputs' Hessian.
+Method = Callable[[str, QuantizedLinear, Tensor, Tensor], Codes]
+# The layer, and by the name of each linear what is to take its place, still empty, and its inputs: weights, biases and
+# inputs are changed in place, so that they still belong together and the layer's output stays what it was.
+Preparation = Callable[[Block, Mapping[str, QuantizedLinear], Mapping[str, Inputs]], None]
 
 
 class Calibrated(NamedTuple):
@@ -50,13 +62,19 @@ def sample_tokens(text_ids: Sequence[int], *, samples: int, seq_len: int, seed: 
 
 @torch.no_grad()
 def calibrate(
-    model: Transformer, tokens: Tensor, recipe: Recipe, method: Method, *, batch: int = 4
+    model: Transformer,
+    tokens: Tensor,
+    recipe: Recipe,
+    method: Method,
+    *,
+    prepare: Preparation | None = None,
+    batch: int = 4,
 ) -> Iterator[Calibrated]:
     """Quantize `model` in place with what `method` chooses on the sequences tokens [S, T]; yields after each layer.
 
-    The head is rounded to nearest, after the last layer: the model is whole only when this has run to its end.
-    `batch` sequences go through a layer at a time. ValueError for tokens that the model does not take, where a linear
-    cannot be packed, and where the method finds NaN or infinity.
+    `prepare` may rewrite each layer before its codes are chosen. The head is rounded to nearest, after the last layer:
+    the model is whole only when this has run to its end. `batch` sequences go through a layer at a time. ValueError for
+    tokens that the model does not take, where a linear cannot be packed, and where the method finds NaN or infinity.
     """
     _check(model, tokens)
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
@@ -68,18 +86,9 @@ def calibrate(
         activations.append(x)
     run = partial(_run, activations=activations, steps=steps, cache=cache)
     for index, layer in enumerate(model.layers):
-        hessians, errors = _hessians(layer, lambda layer=layer: run(layer, keep=False), tokens.numel()), {}
-        for name, hessian in hessians.items():
-            path = f"layers.{index}.{name}"
-            old = layer.get_submodule(name)
-            new = _empty(recipe, path, old, dtype)
-            try:
-                new.store_rows(0, method(new, old.weight, hessian))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            errors[name] = output_error(old.weight, new.dequantize(torch.float32), hessian)
-            layer.set_submodule(name, new)
-        del hessians, hessian, old  # not while the next layer's are gathered
+        inputs = _inputs(layer, lambda layer=layer: run(layer, keep=False), tokens.numel())
+        errors = _quantize_layer(layer, f"layers.{index}", inputs, recipe, method, prepare)
+        del inputs  # not while the next layer's are gathered
         run(layer, keep=True)
         yield Calibrated(index, errors)
     head = _empty(recipe, "head", model.head, dtype)
@@ -92,12 +101,14 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 
     Both norms come from hessian [K, K], which is X^T X times some number: tr(D H D^T) is ||X D^T||^2 times that.
     """
+    length = squared_outputs(weight.float(), hessian)
+    error = squared_outputs(weight.float() - quantized.float(), hessian)
+    return (max(error, 0.0) / length) ** 0.5 if length > 0 else 0.0
 
-    def square(d: Tensor) -> float:
-        return float(((d @ hessian) * d).sum(dtype=torch.float64))
 
-    length = square(weight.float())
-    return (max(square(weight.float() - quantized.float()), 0.0) / length) ** 0.5 if length > 0 else 0.0
+def squared_outputs(weight: Tensor, hessian: Tensor) -> float:
+    """2/n * ||X W^T||^2, summed over all outputs, for weight [N, K] and the n inputs X that hessian [K, K] is of."""
+    return float(((weight @ hessian) * weight).sum(dtype=torch.float64))
 
 
 def _check(model: Transformer, tokens: Tensor) -> None:
@@ -143,32 +154,59 @@ def _run(layer: Block, *, activations: list[Tensor], steps: dict[int, Step], cac
             activations[i] = y
 
 
-def _hessians(layer: Block, run: Callable[[], None], tokens: int) -> dict[str, Tensor]:
-    """2/n * sum of x x^T over the n = `tokens` inputs x that each linear gets in `run`, fp32 [K, K], by its name."""
-    hessians: dict[str, Tensor] = {}
+def _inputs(layer: Block, run: Callable[[], None], tokens: int) -> dict[str, Inputs]:
+    """The n = `tokens` inputs that each linear gets in `run`, by its name."""
+    inputs: dict[str, Inputs] = {}
 
     def add(linear: nn.Module, args: tuple[Tensor], *, name: str) -> None:
         x = args[0].flatten(0, 1).float()  # [B * T, K]
-        hessians[name].addmm_(x.t(), x, alpha=2 / tokens)
+        inputs[name].hessian.addmm_(x.t(), x, alpha=2 / tokens)
+        inputs[name].mean_abs.add_(x.abs().sum(0), alpha=1 / tokens)
 
     hooks = []
     for name, linear in layer.named_modules():
         if isinstance(linear, Linear):
-            K = linear.in_features
-            hessians[name] = torch.zeros(K, K, device=linear.weight.device)
+            K, device = linear.in_features, linear.weight.device
+            inputs[name] = Inputs(torch.zeros(K, K, device=device), torch.zeros(K, device=device))
             hooks.append(linear.register_forward_pre_hook(partial(add, name=name)))
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    return hessians
+    return inputs
+
+
+def _quantize_layer(
+    layer: Block,
+    path: str,
+    inputs: Mapping[str, Inputs],
+    recipe: Recipe,
+    method: Method,
+    prepare: Preparation | None,
+) -> dict[str, float]:
+    """Replace the layer's linears by quantized ones; gives each one's `output_error`."""
+    dtype, errors = layer.ffn_norm.weight.dtype, {}
+    linears = {name: _empty(recipe, f"{path}.{name}", layer.get_submodule(name), dtype) for name in inputs}
+    if prepare is not None:
+        try:
+            prepare(layer, linears, inputs)
+        except ValueError as error:
+            raise ValueError(f"{path}.{error}") from None
+    for name, new in linears.items():
+        old, hessian = layer.get_submodule(name), inputs[name].hessian
+        try:
+            new.store_rows(0, method(name, new, old.weight, hessian))
+        except ValueError as error:
+            raise ValueError(f"{path}.{name}: {error}") from None
+        if old.bias is not None:
+            new.bias.data.copy_(old.bias)
+        errors[name] = output_error(old.weight, new.dequantize(torch.float32), hessian)
+        layer.set_submodule(name, new)
+    return errors
 
 
 def _empty(recipe: Recipe, name: str, linear: Linear, dtype: torch.dtype) -> QuantizedLinear:
-    """What takes the place of `linear`, with its bias and no matrix yet."""
+    """What is to take the place of `linear`, with no matrix and no bias yet."""
     with torch.device(linear.weight.device):
-        new = recipe.linear(name, linear, dtype)
-    if linear.bias is not None:
-        new.bias.data.copy_(linear.bias)
-    return new
+        return recipe.linear(name, linear, dtype)

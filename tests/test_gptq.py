@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import Linear, Transformer
-from quant.calibrate import Calibrated, calibrate, output_error, sample_tokens
+from model import Block, Linear, Transformer
+from quant.calibrate import Calibrated, Inputs, calibrate, output_error, sample_tokens
 from quant.gptq import choose_codes, gptq
 from quant.linears import Codes, Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear, Recipe, round_int4, round_int8
 from tests.conftest import TINY, new_cache, tiny_model
@@ -227,7 +227,7 @@ def logits_of(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 def run(model: Transformer, tokens: Tensor, method=choose_codes, recipe: Recipe = INT4, **options) -> list[Calibrated]:
-    return list(calibrate(model, tokens, recipe, method, **options))
+    return list(calibrate(model, tokens, recipe, lambda name, *args: method(*args), **options))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -243,17 +243,20 @@ def test_logits_are_nearer_than_by_rounding_to_nearest(symmetric: bool) -> None:
 
 
 @torch.no_grad()
-def test_hessians_are_of_inputs_that_quantized_layers_made() -> None:
+def test_hessians_and_sizes_are_of_inputs_that_quantized_layers_made() -> None:
     """The plain way: the whole model, all layers before quantized, and a hook on each linear of this one."""
-    tokens, seen = tokens_like_text(5, 12), []
+    tokens, seen, sizes = tokens_like_text(5, 12), [], []
 
     def method(linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
         seen.append(hessian.clone())
         return linear.quantize(weight)
 
+    def prepare(layer: Block, linears: dict[str, QuantizedLinear], inputs: dict[str, Inputs]) -> None:
+        sizes.extend(each.mean_abs for each in inputs.values())
+
     half = tiny_model(CONFIG)
     finished = tiny_model(CONFIG)
-    run(finished, tokens, method, batch=2)
+    run(finished, tokens, method, batch=2, prepare=prepare)
     half.layers[0] = finished.layers[0]
     inputs = {}
     names = [f"layers.{i}.{n}" for i in range(2) for n in ("attention.qkv", "attention.o", "ffn.gate_up", "ffn.down")]
@@ -263,8 +266,9 @@ def test_hessians_are_of_inputs_that_quantized_layers_made() -> None:
                 lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, 1))
             )
         logits_of(source, tokens)
-    for name, hessian in zip(names, seen, strict=True):
+    for name, hessian, mean_abs in zip(names, seen, sizes, strict=True):
         torch.testing.assert_close(hessian, hessian_of(inputs[name]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mean_abs, inputs[name].abs().mean(0))
 
 
 def test_all_linears_are_quantized_as_the_recipe_says_and_biases_kept() -> None:

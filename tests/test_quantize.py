@@ -452,11 +452,11 @@ def test_scales_that_overflow_in_another_dtype_are_named(sources, run, tmp_path)
 TEXT = ROOT / "tests" / "data" / "prose.txt"
 
 
-@pytest.mark.parametrize("model", ["plain", "tied"])
-def test_gptq_leaves_a_smaller_error_in_the_logits_than_rounding(model, sources, run, tmp_path):
-    calibration = ["--method", "gptq", "--calibration", TEXT, "--samples", 16, "--seq-len", 64]
+@pytest.mark.parametrize(("method", "model"), [("gptq", "plain"), ("gptq", "tied"), ("awq", "tied"), ("awq", "biased")])
+def test_methods_leave_a_smaller_error_in_the_logits_than_rounding(method, model, sources, run, tmp_path):
+    calibration = ["--method", method, "--calibration", TEXT, "--samples", 16, "--seq-len", 64]
     command = ["--checkpoint", sources[model], "--group-size", 32, "--dtype", "float32"]
-    out, err = run(*command, *calibration, "--output", tmp_path / "gptq", "--json")
+    out, err = run(*command, *calibration, "--output", tmp_path / method, "--json")
     run(*command, "--output", tmp_path / "rtn")
     linears = json.loads(out)["linears"]
     assert all(linears[name]["output_error"] < 0.2 for name in linears if name != "head")
@@ -464,20 +464,48 @@ def test_gptq_leaves_a_smaller_error_in_the_logits_than_rounding(model, sources,
     source = open_checkpoint(str(sources[model]))
     tokens = torch.tensor([source.tokenizer.encode(TEXT.read_text())[:64]])
     logits = {}
-    for name in ("gptq", "rtn", None):
+    for name in (method, "rtn", None):
         loaded = load(tmp_path / name if name else sources[model], torch.float32)
         cache = new_cache(loaded, batch=1, length=64).narrow(64, tail=True)
         logits[name] = loaded(tokens, torch.arange(64)[None], cache)
-    error = {name: (logits[name] - logits[None]).norm().item() for name in ("gptq", "rtn")}
-    assert error["gptq"] < error["rtn"]
-    assert open_checkpoint(str(tmp_path / "gptq")).recipe.method == "gptq"
+    error = {name: (logits[name] - logits[None]).norm().item() for name in (method, "rtn")}
+    assert error[method] < error["rtn"]
+    assert open_checkpoint(str(tmp_path / method)).recipe.method == method
+
+
+def test_awq_changes_norms_and_biases_and_the_checkpoint_carries_them(sources, run, tmp_path):
+    calibration = ["--calibration", TEXT, "--samples", 4, "--seq-len", 32]
+    run("--checkpoint", sources["biased"], "--method", "awq", *calibration, "--symmetric", "--output", "out")
+    saved = load("out")
+    options = quantize.Options(
+        checkpoint=str(sources["biased"]),
+        method="awq",
+        symmetric=True,
+        output=tmp_path / "again",
+        calibration=TEXT,
+        samples=4,
+        seq_len=32,
+    )
+    source = open_checkpoint(options.checkpoint)
+    where = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "report": quantize.Report(2)}
+    made = quantize.by_awq(source, options, **where)
+    assert same(saved, made)
+    plain = load(sources["biased"])
+    for name in ("attention_norm.weight", "ffn_norm.weight", "attention.qkv.bias"):
+        assert not torch.equal(saved.layers[1].get_parameter(name), plain.layers[1].get_parameter(name))
+    assert torch.equal(saved.norm.weight, plain.norm.weight)
+    assert open_checkpoint("out").quantized == "awq-int4"
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--method", "gptq"], ["--calibration"]),
-        (["--method", "rtn", "--calibration", TEXT], ["--calibration", "gptq"]),
+        (["--method", "awq"], ["awq", "--calibration"]),
+        (["--method", "rtn", "--calibration", TEXT], ["--calibration", "gptq", "awq"]),
+        (["--method", "awq", "--calibration", TEXT, "--bits", 8], ["awq", "--bits 4", "--bits 8"]),
+        (["--method", "awq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["awq", "--bits 4", "--format fp"]),
+        (["--method", "awq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
         (["--method", "gptq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["gptq", "--format fp"]),
         (["--method", "gptq", "--calibration", TEXT, "--samples", 0], ["at least 1", "0"]),
         (["--method", "gptq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
