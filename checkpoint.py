@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 import gguf_reader
 import hardware
-from hf_config import OUR_METHOD, PRESETS, hf_config, read_config
+from hf_config import PRESETS, hf_config, hf_modules, read_config
 from model import ModelConfig, Transformer
-from quant.linears import GROUPS, RECIPES, QuantizedLinear, Recipe, Storage, quantize_model
+from quant.linears import RECIPES, QuantizedLinear, Recipe, quantize_model
+from quant.recipes import read_recipe, write_recipe
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 log = logging.getLogger("tachyon")
@@ -99,20 +100,6 @@ def locate(spec: str) -> Path:
 
 # ---- Loading and saving -------------------------------------------------------------------------------------------
 
-_KEYS = {  # our module: the modules in Hugging Face's layout whose rows it holds, in order
-    "embed": ("model.embed_tokens",),
-    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
-    "layers.{}.attention.qkv": tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"),
-    "layers.{}.attention.q_norm": ("model.layers.{}.self_attn.q_norm",),
-    "layers.{}.attention.k_norm": ("model.layers.{}.self_attn.k_norm",),
-    "layers.{}.attention.o": ("model.layers.{}.self_attn.o_proj",),
-    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm",),
-    "layers.{}.ffn.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-    "layers.{}.ffn.down": ("model.layers.{}.mlp.down_proj",),
-    "norm": ("model.norm",),
-    "head": ("lm_head",),
-}
-
 
 class Slot(NamedTuple):
     """The rows of one of our parameters, or of a packed matrix, that hold one tensor of a checkpoint."""
@@ -134,7 +121,7 @@ def key_map(model: Transformer) -> dict[str, Slot]:
     for name, weight in _weights(model).items():
         module, _, kind = name.rpartition(".")
         start = 0
-        for part, rows in zip(_parts(module), fused.get(module.rpartition(".")[2], (len(weight),)), strict=True):
+        for part, rows in zip(hf_modules(module), fused.get(module.rpartition(".")[2], (len(weight),)), strict=True):
             slots[f"{part}.{kind}"] = Slot(name, start, (rows, *weight.shape[1:]))
             start += rows
     return slots
@@ -146,15 +133,6 @@ def _weights(model: Transformer) -> dict[str, Tensor]:
     if _shares_head(model):
         del weights["head.weight"]
     return weights
-
-
-def _parts(module: str) -> tuple[str, ...]:
-    """The modules in Hugging Face's layout whose rows our `module` holds, in order."""
-    layer = re.search(r"\d+", module)
-    parts = _KEYS.get(re.sub(r"\d+", "{}", module))
-    if parts is None:
-        raise ValueError(f"{module} has no name in Hugging Face's layout")
-    return tuple(part.format(layer and layer[0]) for part in parts)
 
 
 class _Target(NamedTuple):
@@ -356,14 +334,14 @@ def save_model(
     `recipe`, which it was quantized with, goes into config.json. ValueError if the directory exists, OSError if it
     cannot be written.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if bool(linears) != bool(recipe):
         raise ValueError(f"a recipe describes a quantized model; got {recipe} for {len(linears)} quantized linears")
     directory = new_directory(directory)
     slots, weights = key_map(model), _weights(model)
     config = hf_config(model.config) | {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
     if recipe is not None:
-        config["quantization_config"] = _write_recipe(recipe, linears)
+        config["quantization_config"] = write_recipe(recipe, model)
     eos = list(eos_ids or (tokenizer.eos_ids if tokenizer else ()))
     # An id that is left out would be the architecture's own default, which may lie outside the vocabulary.
     special = {
@@ -427,70 +405,6 @@ def _write_json(path: Path, document: Mapping[str, object]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- A quantized checkpoint's recipe --------------------------------------------------------------------------------
-
-
-def _write_recipe(recipe: Recipe, linears: Mapping[str, QuantizedLinear]) -> dict:
-    """`quantization_config` of a config.json: the recipe, and the linears that are stored otherwise."""
-    raw = {"quant_method": OUR_METHOD, "method": recipe.method, **_write_storage(recipe.format, recipe.group_size)}
-    if recipe.format == "int4":
-        raw["symmetric"] = recipe.symmetric
-    usual = Storage(recipe.format, recipe.group_size if recipe.format == "int4" else 0)
-    raw["exceptions"] = {
-        part: _write_storage(linear.format, linear.group)
-        for name, linear in linears.items()
-        if Storage(linear.format, linear.group) != usual
-        for part in _parts(name)
-    }
-    return raw
-
-
-def _write_storage(format: str, group: int) -> dict:
-    return {"format": format, "group_size": group} if format == "int4" else {"format": format}
-
-
-def _read_recipe(config: Mapping, file: Path) -> Recipe | None:
-    """What `_write_recipe` put into a config.json; None if there is nothing.
-
-    Every exception is the file's: no rule of `Recipe` decides how an old checkpoint's linears lie.
-    """
-    raw = config.get("quantization_config")
-    if not raw:
-        return None
-    ours = {part: module for module, parts in _KEYS.items() for part in parts}
-    format, group = _read_storage(raw, "quantization_config", file)
-    method, symmetric, others = raw.get("method", "rtn"), raw.get("symmetric", True), raw.get("exceptions", {})
-    if not (isinstance(method, str) and isinstance(symmetric, bool) and isinstance(others, dict)):
-        raise ValueError(f"{file}: quantization_config has a method, symmetric or exceptions of the wrong type")
-    exceptions: dict[str, Storage] = {}
-    for name, storage in others.items():
-        layer = re.search(r"\d+", name)
-        module = ours.get(re.sub(r"\d+", "{}", name))
-        if module is None:
-            raise ValueError(
-                f"{file}: quantization_config has an exception for {name!r}, which this model does not have"
-            )
-        module = module.format(layer and layer[0])
-        stored = _read_storage(storage, name, file)
-        if exceptions.setdefault(module, stored) != stored:
-            raise ValueError(f"{file}: {name} is stored unlike {_parts(module)[0]}; the two make one matrix here")
-    head = exceptions.get("head", Storage(format)).format
-    return Recipe(
-        format=format, head=head, method=method, group_size=group or 128, symmetric=symmetric, exceptions=exceptions
-    )
-
-
-def _read_storage(raw: object, name: str, file: Path) -> Storage:
-    format, group = (raw.get("format"), raw.get("group_size")) if isinstance(raw, dict) else (None, None)
-    if format not in ("int8", "int4", "fp8"):
-        raise ValueError(f"{file}: {name} has the format {format!r}; there are int8, int4 and fp8")
-    if format != "int4":
-        return Storage(format)
-    if group not in GROUPS:
-        raise ValueError(f"{file}: {name} has the group_size {group!r}; there are {', '.join(map(str, GROUPS))}")
-    return Storage(format, group)
-
-
 # ---- Hugging Face directory ---------------------------------------------------------------------------------------
 
 _INDEX = "model.safetensors.index.json"
@@ -505,7 +419,7 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     if not config_file.is_file():
         raise FileNotFoundError(f"{directory} has no config.json; give a directory in Hugging Face layout")
     raw = _read_json(config_file)
-    config, recipe = read_config(raw, config_file), _read_recipe(raw, config_file)
+    config, recipe = read_config(raw, config_file), read_recipe(raw.get("quantization_config"), config_file)
     shards = _weight_files(directory)
 
     tokenizer = functools.cache(functools.partial(load_tokenizer, directory))
@@ -756,7 +670,7 @@ def _open_random(spec: str) -> Checkpoint:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         raw = _read_json(path)
-        config, recipe = read_config(raw, path), _read_recipe(raw, path)
+        config, recipe = read_config(raw, path), read_recipe(raw.get("quantization_config"), path)
     else:
         raise ValueError(f"unknown preset {what!r}; there are {', '.join(PRESETS)}, or give random:path/to/config.json")
 
