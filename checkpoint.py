@@ -21,7 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ import gguf_reader
 import hardware
 from hf_config import PRESETS, hf_config, hf_modules, read_config
 from model import ModelConfig, Transformer
+from quant import foreign
 from quant.linears import RECIPES, QuantizedLinear, Recipe, quantize_model
 from quant.recipes import read_recipe, write_recipe
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -50,10 +51,12 @@ class Checkpoint:
     name: str  # what the user wrote
     config: ModelConfig
     eos_ids: tuple[int, ...]
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # Hugging Face's names, stored dtype, CPU, one at a time
+    # Hugging Face's names, stored dtype, CPU, one at a time; a matrix that others quantized comes as one.
+    tensors: Callable[[], Iterator[tuple[str, Tensor | foreign.Packed]]]
     read_tokenizer: Callable[[], Tokenizer]
     random: bool = False  # no stored weights: `load_model` draws them on the device
-    recipe: Recipe | None = None  # how the stored weights are quantized, if they are
+    recipe: Recipe | None = None  # how the stored weights are quantized, if they are ...
+    repack: bool = False  # ... by another library: not in our layout
 
     @property
     def quantized(self) -> str | None:
@@ -155,40 +158,45 @@ def load_model(
     """The checkpoint's model on `device` with every weight in `dtype`, in eval mode and without gradients.
 
     `quantize` is a recipe, or the name of one in `quant.linears.RECIPES`: each tensor is rounded to nearest as it comes
-    in, on the device, so the unquantized model is never held. A checkpoint that is quantized loads as it is, and
-    `quantize` for it is a ValueError, as is a weight that is NaN or infinite in a matrix to be quantized.
+    in, on the device, so the unquantized model is never held. A checkpoint that is quantized loads as it is, its codes
+    moved into our layout if need be, and `quantize` for it is a ValueError, as is a weight that is NaN or infinite in a
+    matrix to be quantized.
 
     `progress(done, total)` is called in bytes of what is read, in the types that it gets; `packed(name, linear, start,
     rows)` with the rows [n, K] that were rounded to be rows start .. start + n of the linear called `name`. `seed` is
     for random checkpoints only.
     """
     recipe = _recipe(checkpoint, quantize)
-    rounds = recipe is not None and (quantize is not None or checkpoint.random)
+    packs = recipe is not None and (quantize is not None or checkpoint.random or checkpoint.repack)
     device = torch.device(device)
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
-    if recipe is not None and not rounds:
+    if recipe is not None and not packs:
         quantize_model(model, recipe, dtype=dtype)
     slots = key_map(model)
     shapes = {name: weight.shape for name, weight in _weights(model).items()}
-    if rounds:
+    if packs:
         quantize_model(model, recipe, dtype=dtype)
     _allocate(model, device=device, dtype=dtype)
     weights = _weights(model)
-    targets = {name: _target(model, name) if rounds else _Target(weights[name], None) for name in shapes}
+    targets = {name: _target(model, name) if packs else _Target(weights[name], None) for name in shapes}
     if checkpoint.random:
         loaded = _random_weights(shapes, targets, device=device, dtype=dtype, seed=seed)
     else:
         loaded = _stream_weights(checkpoint, slots, targets, device=device, dtype=dtype)
-    total = sum(shape.numel() * (dtype if rounds else weights[name].dtype).itemsize for name, shape in shapes.items())
+    total = sum(shape.numel() * (dtype if packs else weights[name].dtype).itemsize for name, shape in shapes.items())
     done = 0
     for name, start, rows in loaded:
-        if name is not None:
-            linear = model.get_submodule(name)
-            linear.pack_rows(start, rows)
-            if packed is not None:
-                packed(name, linear, start, rows)
-        done += rows.nbytes
+        linear = None if name is None else model.get_submodule(name)
+        if isinstance(rows, foreign.Matrix):
+            linear.store_rows(start, rows.pack(linear))
+            done += rows.codes.numel() * dtype.itemsize
+        else:
+            if linear is not None:
+                linear.pack_rows(start, rows)
+                if packed is not None:
+                    packed(name, linear, start, rows)
+            done += rows.nbytes
         if progress is not None:
             progress(done, total)
     _check_scales(model, targets, checkpoint, dtype)
@@ -245,24 +253,31 @@ def _stream_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[tuple[str | None, int, Tensor]]:
+) -> Iterator[tuple[str | None, int, Tensor | foreign.Matrix]]:
     """Copy each stored tensor to the device, into its parameter if it has one; gives what is yet to be packed.
 
-    That is the quantized linear's name, if any, the first row, and the rows in `dtype`.
+    That is the quantized linear's name, if any, the first row, and the rows: in `dtype`, or as they are quantized.
     """
     missing, left_over = dict(slots), []
     for name, tensor in checkpoint.tensors():
         slot = missing.pop(name, None)
         if slot is None:
-            if not name.endswith(".rotary_emb.inv_freq") and not (checkpoint.config.tied_head and name in _TIED):
+            if not _is_idle(name, tensor, checkpoint.config):
                 left_over.append(name)
             continue
+        if isinstance(tensor, foreign.Packed):
+            tensor = tensor.matrix(device)
         if tuple(tensor.shape) != slot.shape:
             raise ValueError(
                 f"{checkpoint.name}: {name} has shape {list(tensor.shape)}, "
                 f"but the config asks for {list(slot.shape)}; they are not of one model"
             )
         parameter, linear = targets[slot.parameter]
+        if isinstance(tensor, foreign.Matrix):
+            if linear is not None:
+                yield linear, slot.start, tensor
+                continue
+            tensor = tensor.dequantize()
         codes = parameter is not None and parameter.dtype == torch.int32
         if tensor.dtype not in ((torch.int32,) if codes else (torch.float32, torch.float16, torch.bfloat16)):
             what = "packed codes are int32" if codes else "only float weights are supported"
@@ -271,6 +286,13 @@ def _stream_weights(
     problems = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has unknown", left_over)) if names]
     if problems:
         raise ValueError(f"{checkpoint.name} does not match its config: it {' and '.join(problems)}")
+
+
+def _is_idle(name: str, tensor: Tensor | foreign.Packed, config: ModelConfig) -> bool:
+    """Whether a tensor that the model has no place for may be left out: it would change nothing."""
+    if name.endswith(".bias"):
+        return not tensor.any()  # some quantizers give every linear one
+    return name.endswith(".rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 
 
 def _check_scales(
@@ -289,9 +311,6 @@ def _check_scales(
             f"{checkpoint.name}: {_few(bad)} has NaN or infinity as {str(dtype).removeprefix('torch.')}, which "
             "quantized weights cannot hold; take another dtype or another checkpoint"
         )
-
-
-_TIED = ("lm_head.weight",)
 
 
 def _few(names: Sequence[str] | Mapping[str, object]) -> str:
@@ -419,18 +438,31 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     if not config_file.is_file():
         raise FileNotFoundError(f"{directory} has no config.json; give a directory in Hugging Face layout")
     raw = _read_json(config_file)
-    config, recipe = read_config(raw, config_file), read_recipe(raw.get("quantization_config"), config_file)
-    shards = _weight_files(directory)
+    config, shards = read_config(raw, config_file), _weight_files(directory)
+    quantization, tensors = raw.get("quantization_config"), functools.partial(_read_shards, shards)
+    others = _is_foreign(quantization)
+    if others:
+        scheme = foreign.read_foreign(quantization, config_file, _headers(shards, foreign.DECISIVE))
+        recipe, tensors = scheme.recipe, functools.partial(_read_foreign, scheme, shards)
+        if "lm_head" in scheme.kinds:
+            config = replace(config, tied_head=False)  # codes of its own
+    else:
+        recipe = read_recipe(quantization, config_file)
 
     tokenizer = functools.cache(functools.partial(load_tokenizer, directory))
     return Checkpoint(
         name=name,
         config=config,
         eos_ids=_eos_ids(directory, raw, tokenizer),
-        tensors=functools.partial(_read_shards, shards),
+        tensors=tensors,
         read_tokenizer=tokenizer,
         recipe=recipe,
+        repack=others,
     )
+
+
+def _is_foreign(quantization: object) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") in foreign.METHODS
 
 
 def _read_json(path: Path) -> dict:
@@ -495,6 +527,36 @@ def _read_shards(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         with _naming(file), safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a mapping)
                 yield name, shard.get_tensor(name)
+
+
+def _read_foreign(scheme: foreign.Foreign, files: Sequence[Path]) -> Iterator[tuple[str, Tensor | foreign.Packed]]:
+    return scheme.gather(_read_shards(files))
+
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
+
+
+def _headers(files: Sequence[Path], read: Sequence[str]) -> dict[str, Tensor]:
+    """Every stored tensor, without data but those whose names end in one of `read`."""
+    tensors = {}
+    for file in files:
+        with _naming(file), safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                if name.rpartition(".")[2] in read:
+                    tensors[name] = shard.get_tensor(name)
+                else:
+                    header = shard.get_slice(name)
+                    dtype = _DTYPES.get(header.get_dtype(), torch.uint8)  # none that is read
+                    tensors[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
+    return tensors
 
 
 # ---- Hub ----------------------------------------------------------------------------------------------------------
@@ -670,7 +732,10 @@ def _open_random(spec: str) -> Checkpoint:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         raw = _read_json(path)
-        config, recipe = read_config(raw, path), read_recipe(raw.get("quantization_config"), path)
+        config, quantization = read_config(raw, path), raw.get("quantization_config")
+        if _is_foreign(quantization):
+            raise ValueError(f"{path}: random weights come in no layout of others; leave out its quantization_config")
+        recipe = read_recipe(quantization, path)
     else:
         raise ValueError(f"unknown preset {what!r}; there are {', '.join(PRESETS)}, or give random:path/to/config.json")
 

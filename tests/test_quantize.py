@@ -395,7 +395,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path):
 
 def test_another_quantization_is_refused_by_its_name(sources, run, refused, tmp_path):
     run("--checkpoint", sources["plain"], "--output", "out")
-    for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors"):
+    for method in ("bitsandbytes", "fp8"):
         edit_recipe(tmp_path / "out", quant_method=method)
         message = refused("--checkpoint", "out", "--prompt", "a", main=generate.main)
         assert f"quantization {method!r} is not supported" in message
