@@ -21,7 +21,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +32,11 @@ from torch import Tensor, nn
 
 import gguf_reader
 import hardware
-from hf_config import OUR_METHOD, PRESETS, hf_config, read_config
+from hf_config import PRESETS, hf_config, hf_modules, read_config
 from model import ModelConfig, Transformer
-from quant.linears import GROUPS, RECIPES, QuantizedLinear, Recipe, Storage, quantize_model
+from quant import foreign
+from quant.linears import RECIPES, QuantizedLinear, Recipe, quantize_model
+from quant.recipes import read_recipe, write_recipe
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 log = logging.getLogger("tachyon")
@@ -49,10 +51,12 @@ class Checkpoint:
     name: str  # what the user wrote
     config: ModelConfig
     eos_ids: tuple[int, ...]
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]]  # Hugging Face's names, stored dtype, CPU, one at a time
+    # Hugging Face's names, stored dtype, CPU, one at a time; a matrix that others quantized comes as one.
+    tensors: Callable[[], Iterator[tuple[str, Tensor | foreign.Packed]]]
     read_tokenizer: Callable[[], Tokenizer]
     random: bool = False  # no stored weights: `load_model` draws them on the device
-    recipe: Recipe | None = None  # how the stored weights are quantized, if they are
+    recipe: Recipe | None = None  # how the stored weights are quantized, if they are ...
+    repack: bool = False  # ... by another library: not in our layout
 
     @property
     def quantized(self) -> str | None:
@@ -99,20 +103,6 @@ def locate(spec: str) -> Path:
 
 # ---- Loading and saving -------------------------------------------------------------------------------------------
 
-_KEYS = {  # our module: the modules in Hugging Face's layout whose rows it holds, in order
-    "embed": ("model.embed_tokens",),
-    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
-    "layers.{}.attention.qkv": tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"),
-    "layers.{}.attention.q_norm": ("model.layers.{}.self_attn.q_norm",),
-    "layers.{}.attention.k_norm": ("model.layers.{}.self_attn.k_norm",),
-    "layers.{}.attention.o": ("model.layers.{}.self_attn.o_proj",),
-    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm",),
-    "layers.{}.ffn.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-    "layers.{}.ffn.down": ("model.layers.{}.mlp.down_proj",),
-    "norm": ("model.norm",),
-    "head": ("lm_head",),
-}
-
 
 class Slot(NamedTuple):
     """The rows of one of our parameters, or of a packed matrix, that hold one tensor of a checkpoint."""
@@ -134,7 +124,7 @@ def key_map(model: Transformer) -> dict[str, Slot]:
     for name, weight in _weights(model).items():
         module, _, kind = name.rpartition(".")
         start = 0
-        for part, rows in zip(_parts(module), fused.get(module.rpartition(".")[2], (len(weight),)), strict=True):
+        for part, rows in zip(hf_modules(module), fused.get(module.rpartition(".")[2], (len(weight),)), strict=True):
             slots[f"{part}.{kind}"] = Slot(name, start, (rows, *weight.shape[1:]))
             start += rows
     return slots
@@ -146,15 +136,6 @@ def _weights(model: Transformer) -> dict[str, Tensor]:
     if _shares_head(model):
         del weights["head.weight"]
     return weights
-
-
-def _parts(module: str) -> tuple[str, ...]:
-    """The modules in Hugging Face's layout whose rows our `module` holds, in order."""
-    layer = re.search(r"\d+", module)
-    parts = _KEYS.get(re.sub(r"\d+", "{}", module))
-    if parts is None:
-        raise ValueError(f"{module} has no name in Hugging Face's layout")
-    return tuple(part.format(layer and layer[0]) for part in parts)
 
 
 class _Target(NamedTuple):
@@ -177,40 +158,45 @@ def load_model(
     """The checkpoint's model on `device` with every weight in `dtype`, in eval mode and without gradients.
 
     `quantize` is a recipe, or the name of one in `quant.linears.RECIPES`: each tensor is rounded to nearest as it comes
-    in, on the device, so the unquantized model is never held. A checkpoint that is quantized loads as it is, and
-    `quantize` for it is a ValueError, as is a weight that is NaN or infinite in a matrix to be quantized.
+    in, on the device, so the unquantized model is never held. A checkpoint that is quantized loads as it is, its codes
+    moved into our layout if need be, and `quantize` for it is a ValueError, as is a weight that is NaN or infinite in a
+    matrix to be quantized.
 
     `progress(done, total)` is called in bytes of what is read, in the types that it gets; `packed(name, linear, start,
     rows)` with the rows [n, K] that were rounded to be rows start .. start + n of the linear called `name`. `seed` is
     for random checkpoints only.
     """
     recipe = _recipe(checkpoint, quantize)
-    rounds = recipe is not None and (quantize is not None or checkpoint.random)
+    packs = recipe is not None and (quantize is not None or checkpoint.random or checkpoint.repack)
     device = torch.device(device)
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
-    if recipe is not None and not rounds:
+    if recipe is not None and not packs:
         quantize_model(model, recipe, dtype=dtype)
     slots = key_map(model)
     shapes = {name: weight.shape for name, weight in _weights(model).items()}
-    if rounds:
+    if packs:
         quantize_model(model, recipe, dtype=dtype)
     _allocate(model, device=device, dtype=dtype)
     weights = _weights(model)
-    targets = {name: _target(model, name) if rounds else _Target(weights[name], None) for name in shapes}
+    targets = {name: _target(model, name) if packs else _Target(weights[name], None) for name in shapes}
     if checkpoint.random:
         loaded = _random_weights(shapes, targets, device=device, dtype=dtype, seed=seed)
     else:
         loaded = _stream_weights(checkpoint, slots, targets, device=device, dtype=dtype)
-    total = sum(shape.numel() * (dtype if rounds else weights[name].dtype).itemsize for name, shape in shapes.items())
+    total = sum(shape.numel() * (dtype if packs else weights[name].dtype).itemsize for name, shape in shapes.items())
     done = 0
     for name, start, rows in loaded:
-        if name is not None:
-            linear = model.get_submodule(name)
-            linear.pack_rows(start, rows)
-            if packed is not None:
-                packed(name, linear, start, rows)
-        done += rows.nbytes
+        linear = None if name is None else model.get_submodule(name)
+        if isinstance(rows, foreign.Matrix):
+            linear.store_rows(start, rows.pack(linear))
+            done += rows.codes.numel() * dtype.itemsize
+        else:
+            if linear is not None:
+                linear.pack_rows(start, rows)
+                if packed is not None:
+                    packed(name, linear, start, rows)
+            done += rows.nbytes
         if progress is not None:
             progress(done, total)
     _check_scales(model, targets, checkpoint, dtype)
@@ -267,24 +253,31 @@ def _stream_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[tuple[str | None, int, Tensor]]:
+) -> Iterator[tuple[str | None, int, Tensor | foreign.Matrix]]:
     """Copy each stored tensor to the device, into its parameter if it has one; gives what is yet to be packed.
 
-    That is the quantized linear's name, if any, the first row, and the rows in `dtype`.
+    That is the quantized linear's name, if any, the first row, and the rows: in `dtype`, or as they are quantized.
     """
     missing, left_over = dict(slots), []
     for name, tensor in checkpoint.tensors():
         slot = missing.pop(name, None)
         if slot is None:
-            if not name.endswith(".rotary_emb.inv_freq") and not (checkpoint.config.tied_head and name in _TIED):
+            if not _is_idle(name, tensor, checkpoint.config):
                 left_over.append(name)
             continue
+        if isinstance(tensor, foreign.Packed):
+            tensor = tensor.matrix(device)
         if tuple(tensor.shape) != slot.shape:
             raise ValueError(
                 f"{checkpoint.name}: {name} has shape {list(tensor.shape)}, "
                 f"but the config asks for {list(slot.shape)}; they are not of one model"
             )
         parameter, linear = targets[slot.parameter]
+        if isinstance(tensor, foreign.Matrix):
+            if linear is not None:
+                yield linear, slot.start, tensor
+                continue
+            tensor = tensor.dequantize()
         codes = parameter is not None and parameter.dtype == torch.int32
         if tensor.dtype not in ((torch.int32,) if codes else (torch.float32, torch.float16, torch.bfloat16)):
             what = "packed codes are int32" if codes else "only float weights are supported"
@@ -293,6 +286,13 @@ def _stream_weights(
     problems = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has unknown", left_over)) if names]
     if problems:
         raise ValueError(f"{checkpoint.name} does not match its config: it {' and '.join(problems)}")
+
+
+def _is_idle(name: str, tensor: Tensor | foreign.Packed, config: ModelConfig) -> bool:
+    """Whether a tensor that the model has no place for may be left out: it would change nothing."""
+    if name.endswith(".bias"):
+        return not tensor.any()  # some quantizers give every linear one
+    return name.endswith(".rotary_emb.inv_freq") or (config.tied_head and name == "lm_head.weight")
 
 
 def _check_scales(
@@ -311,9 +311,6 @@ def _check_scales(
             f"{checkpoint.name}: {_few(bad)} has NaN or infinity as {str(dtype).removeprefix('torch.')}, which "
             "quantized weights cannot hold; take another dtype or another checkpoint"
         )
-
-
-_TIED = ("lm_head.weight",)
 
 
 def _few(names: Sequence[str] | Mapping[str, object]) -> str:
@@ -356,14 +353,14 @@ def save_model(
     `recipe`, which it was quantized with, goes into config.json. ValueError if the directory exists, OSError if it
     cannot be written.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if bool(linears) != bool(recipe):
         raise ValueError(f"a recipe describes a quantized model; got {recipe} for {len(linears)} quantized linears")
     directory = new_directory(directory)
     slots, weights = key_map(model), _weights(model)
     config = hf_config(model.config) | {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
     if recipe is not None:
-        config["quantization_config"] = _write_recipe(recipe, linears)
+        config["quantization_config"] = write_recipe(recipe, model)
     eos = list(eos_ids or (tokenizer.eos_ids if tokenizer else ()))
     # An id that is left out would be the architecture's own default, which may lie outside the vocabulary.
     special = {
@@ -427,70 +424,6 @@ def _write_json(path: Path, document: Mapping[str, object]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- A quantized checkpoint's recipe --------------------------------------------------------------------------------
-
-
-def _write_recipe(recipe: Recipe, linears: Mapping[str, QuantizedLinear]) -> dict:
-    """`quantization_config` of a config.json: the recipe, and the linears that are stored otherwise."""
-    raw = {"quant_method": OUR_METHOD, "method": recipe.method, **_write_storage(recipe.format, recipe.group_size)}
-    if recipe.format == "int4":
-        raw["symmetric"] = recipe.symmetric
-    usual = Storage(recipe.format, recipe.group_size if recipe.format == "int4" else 0)
-    raw["exceptions"] = {
-        part: _write_storage(linear.format, linear.group)
-        for name, linear in linears.items()
-        if Storage(linear.format, linear.group) != usual
-        for part in _parts(name)
-    }
-    return raw
-
-
-def _write_storage(format: str, group: int) -> dict:
-    return {"format": format, "group_size": group} if format == "int4" else {"format": format}
-
-
-def _read_recipe(config: Mapping, file: Path) -> Recipe | None:
-    """What `_write_recipe` put into a config.json; None if there is nothing.
-
-    Every exception is the file's: no rule of `Recipe` decides how an old checkpoint's linears lie.
-    """
-    raw = config.get("quantization_config")
-    if not raw:
-        return None
-    ours = {part: module for module, parts in _KEYS.items() for part in parts}
-    format, group = _read_storage(raw, "quantization_config", file)
-    method, symmetric, others = raw.get("method", "rtn"), raw.get("symmetric", True), raw.get("exceptions", {})
-    if not (isinstance(method, str) and isinstance(symmetric, bool) and isinstance(others, dict)):
-        raise ValueError(f"{file}: quantization_config has a method, symmetric or exceptions of the wrong type")
-    exceptions: dict[str, Storage] = {}
-    for name, storage in others.items():
-        layer = re.search(r"\d+", name)
-        module = ours.get(re.sub(r"\d+", "{}", name))
-        if module is None:
-            raise ValueError(
-                f"{file}: quantization_config has an exception for {name!r}, which this model does not have"
-            )
-        module = module.format(layer and layer[0])
-        stored = _read_storage(storage, name, file)
-        if exceptions.setdefault(module, stored) != stored:
-            raise ValueError(f"{file}: {name} is stored unlike {_parts(module)[0]}; the two make one matrix here")
-    head = exceptions.get("head", Storage(format)).format
-    return Recipe(
-        format=format, head=head, method=method, group_size=group or 128, symmetric=symmetric, exceptions=exceptions
-    )
-
-
-def _read_storage(raw: object, name: str, file: Path) -> Storage:
-    format, group = (raw.get("format"), raw.get("group_size")) if isinstance(raw, dict) else (None, None)
-    if format not in ("int8", "int4", "fp8"):
-        raise ValueError(f"{file}: {name} has the format {format!r}; there are int8, int4 and fp8")
-    if format != "int4":
-        return Storage(format)
-    if group not in GROUPS:
-        raise ValueError(f"{file}: {name} has the group_size {group!r}; there are {', '.join(map(str, GROUPS))}")
-    return Storage(format, group)
-
-
 # ---- Hugging Face directory ---------------------------------------------------------------------------------------
 
 _INDEX = "model.safetensors.index.json"
@@ -505,18 +438,31 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     if not config_file.is_file():
         raise FileNotFoundError(f"{directory} has no config.json; give a directory in Hugging Face layout")
     raw = _read_json(config_file)
-    config, recipe = read_config(raw, config_file), _read_recipe(raw, config_file)
-    shards = _weight_files(directory)
+    config, shards = read_config(raw, config_file), _weight_files(directory)
+    quantization, tensors = raw.get("quantization_config"), functools.partial(_read_shards, shards)
+    others = _is_foreign(quantization)
+    if others:
+        scheme = foreign.read_foreign(quantization, config_file, _headers(shards, foreign.DECISIVE))
+        recipe, tensors = scheme.recipe, functools.partial(_read_foreign, scheme, shards)
+        if "lm_head" in scheme.kinds:
+            config = replace(config, tied_head=False)  # codes of its own
+    else:
+        recipe = read_recipe(quantization, config_file)
 
     tokenizer = functools.cache(functools.partial(load_tokenizer, directory))
     return Checkpoint(
         name=name,
         config=config,
         eos_ids=_eos_ids(directory, raw, tokenizer),
-        tensors=functools.partial(_read_shards, shards),
+        tensors=tensors,
         read_tokenizer=tokenizer,
         recipe=recipe,
+        repack=others,
     )
+
+
+def _is_foreign(quantization: object) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") in foreign.METHODS
 
 
 def _read_json(path: Path) -> dict:
@@ -581,6 +527,36 @@ def _read_shards(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         with _naming(file), safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (not a mapping)
                 yield name, shard.get_tensor(name)
+
+
+def _read_foreign(scheme: foreign.Foreign, files: Sequence[Path]) -> Iterator[tuple[str, Tensor | foreign.Packed]]:
+    return scheme.gather(_read_shards(files))
+
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
+
+
+def _headers(files: Sequence[Path], read: Sequence[str]) -> dict[str, Tensor]:
+    """Every stored tensor, without data but those whose names end in one of `read`."""
+    tensors = {}
+    for file in files:
+        with _naming(file), safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (not a mapping)
+                if name.rpartition(".")[2] in read:
+                    tensors[name] = shard.get_tensor(name)
+                else:
+                    header = shard.get_slice(name)
+                    dtype = _DTYPES.get(header.get_dtype(), torch.uint8)  # none that is read
+                    tensors[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
+    return tensors
 
 
 # ---- Hub ----------------------------------------------------------------------------------------------------------
@@ -756,7 +732,10 @@ def _open_random(spec: str) -> Checkpoint:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         raw = _read_json(path)
-        config, recipe = read_config(raw, path), _read_recipe(raw, path)
+        config, quantization = read_config(raw, path), raw.get("quantization_config")
+        if _is_foreign(quantization):
+            raise ValueError(f"{path}: random weights come in no layout of others; leave out its quantization_config")
+        recipe = read_recipe(quantization, path)
     else:
         raise ValueError(f"unknown preset {what!r}; there are {', '.join(PRESETS)}, or give random:path/to/config.json")
 

@@ -5,12 +5,47 @@ are read: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling
 is refused here by its name in the file, so nothing is silently ignored. This file reads no files and no weights.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from model import ModelConfig, RopeScaling
 
-OUR_METHOD = "tachyon"  # the `quant_method` of a config.json whose weights lie as quant/README.md says
+# ---- Names -----------------------------------------------------------------------------------------------------------
+
+_MODULES = {  # our module: the modules in Hugging Face's layout whose rows it holds, in order
+    "embed": ("model.embed_tokens",),
+    "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
+    "layers.{}.attention.qkv": tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"),
+    "layers.{}.attention.q_norm": ("model.layers.{}.self_attn.q_norm",),
+    "layers.{}.attention.k_norm": ("model.layers.{}.self_attn.k_norm",),
+    "layers.{}.attention.o": ("model.layers.{}.self_attn.o_proj",),
+    "layers.{}.ffn_norm": ("model.layers.{}.post_attention_layernorm",),
+    "layers.{}.ffn.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
+    "layers.{}.ffn.down": ("model.layers.{}.mlp.down_proj",),
+    "norm": ("model.norm",),
+    "head": ("lm_head",),
+}
+_OURS = {part: module for module, parts in _MODULES.items() for part in parts}
+
+
+def hf_modules(module: str) -> tuple[str, ...]:
+    """The modules in Hugging Face's layout whose rows our `module` holds, in order."""
+    layer = re.search(r"\d+", module)
+    parts = _MODULES.get(re.sub(r"\d+", "{}", module))
+    if parts is None:
+        raise ValueError(f"{module} has no name in Hugging Face's layout")
+    return tuple(part.format(layer and layer[0]) for part in parts)
+
+
+def our_module(name: str) -> str | None:
+    """Our module that holds the rows of Hugging Face's; None if the models here have none of that name."""
+    layer = re.search(r"\d+", name)
+    module = _OURS.get(re.sub(r"\d+", "{}", name))
+    return module and module.format(layer and layer[0])
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
 
 
 def _llama(raw: Mapping, n_layers: int) -> dict:
@@ -65,13 +100,6 @@ def read_config(raw: Mapping, file: Path) -> ModelConfig:
     architecture = (raw.get("architectures") or [None])[0]
     if architecture not in _ARCHITECTURES:
         raise ValueError(f"{file}: architecture {architecture!r} is unknown; supported: {', '.join(_ARCHITECTURES)}")
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        if method != OUR_METHOD:
-            raise ValueError(
-                f"{file}: quantization {method!r} is not supported; choose the unquantized checkpoint (and quantize it "
-                "with quantize.py, whose checkpoints are read)"
-            )
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"{file}: hidden_act {activation!r} is not supported; only silu is")
@@ -175,6 +203,9 @@ def hf_config(config: ModelConfig) -> dict:
     if config.architecture == "SmolLM3ForCausalLM":
         raw["no_rope_layers"] = [int(i not in config.no_rope_layers) for i in range(config.n_layers)]
     return raw
+
+
+# ---- Presets ---------------------------------------------------------------------------------------------------------
 
 
 def _preset(architecture: str, dim: int, n_layers: int, heads: tuple[int, int, int], ffn: int, **more) -> ModelConfig:

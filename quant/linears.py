@@ -300,7 +300,7 @@ class Int4Linear(QuantizedLinear):
 class Storage(NamedTuple):
     """How one linear is stored."""
 
-    format: str
+    format: str  # "int8" | "int4" | "fp8", or "float": in the model's dtype
     group: int = 0  # 4 bits only
 
 
@@ -340,10 +340,12 @@ class Recipe:
         group = next((size for size in GROUPS if size <= self.group_size and K % size == 0), None)
         return Storage("int8") if group is None else Storage("int4", group)
 
-    def linear(self, name: str, linear: Linear, dtype: torch.dtype) -> QuantizedLinear:
+    def linear(self, name: str, linear: Linear, dtype: torch.dtype) -> QuantizedLinear | Linear:
         """What takes the place of the model's `linear` called `name`; ValueError where it cannot be packed."""
         K, N, bias = linear.in_features, linear.out_features, linear.bias is not None
         format, group = self.storage(name, K)
+        if format == "float":
+            return linear
         if format == "int4":
             return Int4Linear(K, N, bias=bias, dtype=dtype, group=group, symmetric=self.symmetric)
         return (Fp8Linear if format == "fp8" else Int8Linear)(K, N, bias=bias, dtype=dtype)
@@ -359,7 +361,8 @@ RECIPES = {
 def quantize_model(model: Transformer, recipe: Recipe, *, dtype: torch.dtype) -> None:
     """Replace the linears of a meta-device model by empty quantized ones, whose model's dtype is `dtype`.
 
-    A tied head becomes a matrix of its own and the embedding stays.
+    A linear that the recipe has as "float" stays. A tied head that does not becomes a matrix of its own, beside the
+    embedding.
     """
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
     with torch.device("meta"):

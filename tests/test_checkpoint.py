@@ -424,7 +424,6 @@ def test_smollm3_layers_without_rope():
         ({"num_hidden_layers": "six"}, ["'num_hidden_layers'", "'six'"]),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, ["6 is not a multiple", "4"]),
         ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, ["no_rope_layers has 1 entries for 6"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["'gptq'", "unquantized"]),
     ],
 )
 def test_config_that_is_not_supported_is_refused_by_name(changes, words):

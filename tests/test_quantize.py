@@ -220,6 +220,20 @@ def test_a_file_decides_on_its_layout_and_not_the_rule_that_made_it(sources, tmp
     assert open_checkpoint(str(tmp_path / "out")).quantized == "other-int4"
 
 
+@pytest.mark.parametrize("source", ["tied", "biased"])
+def test_linears_may_stay_floats_in_a_quantized_checkpoint(source, sources, tmp_path):
+    floats = {"head": Storage("float"), "layers.1.attention.qkv": Storage("float")}
+    recipe = Recipe(format="int4", head="int8", exceptions=floats)
+    model = load(sources[source], quantize=recipe)
+    save_model(model, tmp_path / "out", recipe=recipe)
+    loaded, plain = load(tmp_path / "out"), load(sources[source])
+    assert same(loaded, model)
+    assert kinds(loaded).keys() == kinds(load(sources[source], quantize="int8")).keys() - floats.keys()
+    for name in floats:
+        assert torch.equal(loaded.get_submodule(name).weight, plain.get_submodule(name).weight)
+    assert (loaded.head.weight is loaded.embed.weight) == (source == "tied")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_codes_scales_and_zeros_that_rounding_would_not_choose_stay(name, sources, tmp_path):
     recipe = replace(FORMATS[name][1], method="other")
@@ -381,7 +395,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path):
 
 def test_another_quantization_is_refused_by_its_name(sources, run, refused, tmp_path):
     run("--checkpoint", sources["plain"], "--output", "out")
-    for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors"):
+    for method in ("bitsandbytes", "fp8"):
         edit_recipe(tmp_path / "out", quant_method=method)
         message = refused("--checkpoint", "out", "--prompt", "a", main=generate.main)
         assert f"quantization {method!r} is not supported" in message
@@ -391,7 +405,7 @@ def test_another_quantization_is_refused_by_its_name(sources, run, refused, tmp_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": "int3"}, ["'int3'", "int8, int4 and fp8"]),
+        ({"format": "int3"}, ["'int3'", "int8, int4, fp8 and float"]),
         ({"format": None}, ["None"]),
         ({"group_size": 48}, ["48", "128, 64, 32"]),
         ({"symmetric": "no"}, ["symmetric"]),
