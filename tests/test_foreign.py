@@ -115,7 +115,7 @@ def test_fp16_scales_zeros_and_codes_are_the_stored_ones(name):
     scales = {key.rpartition(".")[2]: t for key, t in stored.items() if ".down_proj." in key}
     assert torch.equal(down.scale, scales["weight_scale"] if "weight_scale" in scales else scales["scales"].t())
     assert down.zero.unique().tolist() == list(range(int(down.zero.min()), int(down.zero.max()) + 1))
-    assert len(down.unpack(down.data).unique()) == 16
+    assert len(down.layout.unpack(down.data, down.in_features).unique()) == 16
 
 
 @pytest.mark.parametrize("name", ["gptq-int4-act-order", "gptq-int8-groups", "compressed-int4"])

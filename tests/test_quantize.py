@@ -186,6 +186,7 @@ def test_the_config_has_the_recipe_and_what_differs_from_it(sources, run, tmp_pa
     other |= {f"model.layers.{i}.mlp.down_proj": {"format": "int4", "group_size": 32} for i in (0, 1)}
     assert json.loads(Path("out/config.json").read_text())["quantization_config"] == {
         "quant_method": "tachyon",
+        "layout": 2,
         "method": "rtn",
         "format": "int4",
         "group_size": 128,
@@ -197,10 +198,20 @@ def test_the_config_has_the_recipe_and_what_differs_from_it(sources, run, tmp_pa
     run("--checkpoint", sources["plain"], "--output", "fp8", "--bits", 8, "--format", "fp")
     assert json.loads(Path("fp8/config.json").read_text())["quantization_config"] == {
         "quant_method": "tachyon",
+        "layout": 2,
         "method": "rtn",
         "format": "fp8",
         "exceptions": {},
     }
+
+
+def test_codes_in_another_order_are_refused(sources, run, tmp_path):
+    run("--checkpoint", sources["plain"], "--output", "out")
+    config = json.loads(Path("out/config.json").read_text())
+    del config["quantization_config"]["layout"]
+    Path("out/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: the codes lie in layout 1 and only 2 is read; quantize"):
+        load("out")
 
 
 def test_a_file_decides_on_its_layout_and_not_the_rule_that_made_it(sources, tmp_path):
