@@ -92,7 +92,8 @@ class Matrix(NamedTuple):
 
 
 # ---- Decoders --------------------------------------------------------------------------------------------------------
-# Each takes a matrix's tensors, by the last part of their names, on any device and also without data.
+# Each takes a matrix's tensors, by the last part of their names, on any device and also without data. On the meta
+# device only operations are used that do not make torch import its compiler, which takes seconds.
 
 Decoder = Callable[[Mapping[str, Tensor]], Matrix]
 
@@ -115,6 +116,8 @@ _INT32 = (torch.int32,)
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
     """int32 [R, W] -> uint8 [R, W, 32 / bits], the lowest bits of a word first."""
+    if words.is_meta:
+        return words.new_empty((*words.shape, 32 // bits), dtype=torch.uint8)
     bytes = words.contiguous().view(torch.uint8).unflatten(1, (-1, 4))
     return bytes if bits == 8 else torch.stack((bytes & 15, bytes >> 4), -1).flatten(2)
 
@@ -130,12 +133,12 @@ def _gptq(tensors: Mapping[str, Tensor], *, less_one: bool) -> Matrix:
     bits = _bits(32 * qzeros.shape[1], scales.shape[1])
     if less_one:
         qzeros = qzeros + (0x11111111 if bits == 4 else 0x01010101)
-    codes = _unpack(qweight, bits).permute(1, 0, 2).flatten(1)  # [K / P, N, P] -> [N, K]
+    codes = _unpack(qweight.t(), bits).flatten(1)  # [N, K / P, P] -> [N, K]
     zero = _unpack(qzeros, bits).flatten(1).t()
     return Matrix(f"int{bits}", codes, scales.t(), zero, tensors.get("g_idx"))
 
 
-_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of a word that holds output 0, 1, ... of eight
+_AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble of a word that holds output 0, 1, ... of eight
 
 
 def _awq(tensors: Mapping[str, Tensor]) -> Matrix:
@@ -144,8 +147,7 @@ def _awq(tensors: Mapping[str, Tensor]) -> Matrix:
     _bits(32 * qzeros.shape[1], scales.shape[1], (4,))
 
     def outputs(words: Tensor) -> Tensor:
-        nibbles = _unpack(words, 4).unbind(-1)
-        return torch.stack([nibbles[place] for place in _AWQ_PLACES], -1).flatten(1).t()  # [N, K] or [N, G]
+        return _unpack(words, 4)[..., _AWQ_PLACES].flatten(1).t()  # [N, K] or [N, G]
 
     return Matrix("int4", outputs(qweight).contiguous(), scales.t(), outputs(qzeros))
 
@@ -160,7 +162,8 @@ def _compressed(tensors: Mapping[str, Tensor]) -> Matrix:
         weight, scale = _take(tensors, {"weight": (torch.int8, torch.float8_e4m3fn), "weight_scale": _FLOATS}, optional)
         bits, format = 8, "int8" if weight.dtype == torch.int8 else "fp8"
         codes = weight.view(torch.uint8)
-        codes = codes ^ 128 if format == "int8" else codes  # two's complement to the distance from the least
+        if format == "int8" and not codes.is_meta:
+            codes = codes ^ 128  # two's complement to the distance from the least
     else:
         required = {"weight_packed": _INT32, "weight_scale": _FLOATS, "weight_shape": (torch.int64, torch.int32)}
         packed, scale, shape = _take(tensors, required, optional)

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +127,16 @@ def test_matrices_that_become_floats_are_said_to(name, caplog):
     (line,) = caplog.messages
     number = {"compressed-int4": 2}.get(name, 7)  # q_proj and v_proj, whose k_proj is not quantized
     assert f"{number} matrices become floats, model.layers." in line
+
+
+def test_opening_one_does_not_import_torchs_compiler():
+    code = (
+        "import sys; from checkpoint import open_checkpoint\n"
+        "for name in sys.argv[1:]: open_checkpoint(name)\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *(str(FOLDER / name) for name in MODELS)]
+    assert subprocess.run(command, cwd=FOLDER.parents[2]).returncode == 0
 
 
 def test_the_commands_run_it_and_name_it(cache_folder, monkeypatch, capsys):
