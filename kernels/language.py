@@ -28,7 +28,19 @@ except ImportError:
     constexpr_function = jit
 
 
-__all__ = ["constexpr_function", "jit", "launch_options", "on_gpu", "order", "pdl", "ptx", "tl", "triton", "wait"]
+__all__ = [
+    "constexpr_function",
+    "jit",
+    "launch_options",
+    "on_gpu",
+    "order",
+    "pdl",
+    "ptx",
+    "store",
+    "tl",
+    "triton",
+    "wait",
+]
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -37,19 +49,21 @@ def on_gpu(x: Tensor) -> bool:
 
 
 @functools.cache
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+def _capability(device: torch.device) -> tuple[int, int]:
+    """CUDA's compute capability; (0, 0) where there is none, and under the interpreter."""
+    if device.type != "cuda" or torch.version.hip is not None or "TRITON_INTERPRET" in os.environ:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
 
 
 def pdl(x: Tensor) -> bool:
     """Whether kernels are launched before the one before them ends (programmatic dependent launch, Hopper and up)."""
-    return _hopper(x.device) and "TRITON_INTERPRET" not in os.environ
+    return _capability(x.device) >= (9, 0)
 
 
 def ptx(x: Tensor) -> bool:
     """Whether kernels over activations x may have pairs of bf16 handled by CUDA's own instructions."""
-    cuda = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return cuda and x.dtype == torch.bfloat16 and "TRITON_INTERPRET" not in os.environ
+    return x.dtype == torch.bfloat16 and _capability(x.device) >= (8, 0)
 
 
 def launch_options(x: Tensor) -> dict:
@@ -71,3 +85,18 @@ def order(y, index):
     bits = y.to(tl.int32, bitcast=True)
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     return (key << 32) | (0xFFFFFFFF - index.to(tl.int64))
+
+
+@jit
+def store(out, y, index, N, M, MODE: tl.constexpr, BM: tl.constexpr):
+    """Outputs `index` of M rows, y [n, BM], into out [M, N] as MODE says; "argmax": into `best`, out [M]."""
+    m = tl.arange(0, BM)
+    keep = (index < N)[:, None] & (m < M)[None, :]
+    if MODE == "argmax":
+        best = tl.max(tl.where(keep, order(y, index[:, None]), -(1 << 63)), 0)
+        tl.atomic_max(out + m, best, mask=m < M)
+    else:
+        at = m[None, :] * N + index[:, None]
+        if MODE == "add":
+            y += tl.load(out + at, mask=keep, other=0.0).to(tl.float32)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)

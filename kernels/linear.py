@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels import elementwise, language, tuning
 from kernels.dequantize import dequantize, dequantize_twin
-from kernels.language import jit, launch_options, order, tl, triton, wait
+from kernels.language import jit, launch_options, order, store, tl, triton, wait
 from kernels.packed import packed_kernel
 from kernels.weight import Weight
 
@@ -302,19 +302,11 @@ def _tile_kernel(x, w, bias, norm, out, N, eps, M, K: tl.constexpr, BIAS: tl.con
         acc2 *= rms[None, :]
     if BIAS:
         acc += tl.load(bias + row).to(tl.float32)[:, None]
-    keep = (index < N)[:, None] & (m < M)[None, :]
-    if MODE == "argmax":
-        best = tl.max(tl.where(keep, order(acc, index[:, None]), -(1 << 63)), 0)
-        tl.atomic_max(out + m, best, mask=m < M)
-    else:
-        at = m[None, :] * N + index[:, None]
-        if GLU:
-            if BIAS:
-                acc2 += tl.load(bias + row + N).to(tl.float32)[:, None]
-            acc = acc / (1.0 + tl.exp(-acc)) * acc2
-        elif MODE == "add":
-            acc += tl.load(out + at, mask=keep, other=0.0).to(tl.float32)
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=keep)
+    if GLU:
+        if BIAS:
+            acc2 += tl.load(bias + row + N).to(tl.float32)[:, None]
+        acc = acc / (1.0 + tl.exp(-acc)) * acc2
+    store(out, acc, index, N, M, MODE, BM)
 
 
 @jit

@@ -17,7 +17,7 @@ A program computes some whole rows. Its warps share the inputs, and their sums a
 """
 
 from kernels.dequantize import widen
-from kernels.language import jit, order, tl, triton, wait
+from kernels.language import jit, store, tl, triton, wait
 
 
 @jit
@@ -228,21 +228,6 @@ def packed_kernel(x, w, scale, zero, bias, norm, out, N, M, eps, K: tl.constexpr
         if GLU:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, 8, BM]), [1, 2, 0]))
             y = gate / (1.0 + tl.exp(-gate)) * up
-            _store(out, y, base + t * 8 + tl.arange(0, 8), N, M, MODE, BM)
+            store(out, y, base + t * 8 + tl.arange(0, 8), N, M, MODE, BM)
         else:
-            _store(out, y, base + t * 16 + r, N, M, MODE, BM)
-
-
-@jit
-def _store(out, y, index, N, M, MODE: tl.constexpr, BM: tl.constexpr):
-    """Outputs `index` of the first M columns of y [n, BM]."""
-    m = tl.arange(0, BM)
-    keep = (index < N)[:, None] & (m < M)[None, :]
-    if MODE == "argmax":
-        best = tl.max(tl.where(keep, order(y, index[:, None]), -(1 << 63)), 0)
-        tl.atomic_max(out + m, best, mask=m < M)
-    else:
-        at = m[None, :] * N + index[:, None]
-        if MODE == "add":
-            y += tl.load(out + at, mask=keep, other=0.0).to(tl.float32)
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
+            store(out, y, base + t * 16 + r, N, M, MODE, BM)
