@@ -45,6 +45,11 @@ class Case(NamedTuple):
         return int(self.N * self.K * (2 if self.mode == "glu" else 1) * bits / 8)
 
     @property
+    def words(self) -> int:
+        """Of 32 bits, in a packed row."""
+        return (NIBBLES if self.format == "int4" else BYTES).words(self.K)
+
+    @property
     def group(self) -> int:
         """Of int4: the largest that divides a row, as a recipe takes it."""
         return next((size for size in GROUPS if self.K % size == 0), GROUPS[-1])
@@ -86,26 +91,25 @@ def cases(config: ModelConfig, formats: list[str], rows: list[int]) -> Iterator[
 
 
 def candidates(case: Case) -> list[Plan]:
-    """The plans worth a try: some 16 to 128 bytes of weights a thread and block."""
-    bits = {"float": 16, "int8": 8, "fp8": 8, "int4": 4}[case.format]
+    """The plans worth a try."""
     halves = 2 if case.mode == "glu" else 1
     reach = 1 << (case.K - 1).bit_length()  # the power of two that holds a row
     small = case.N * case.K < 1 << 23
     plans = []
     if case.rows == 1 and case.format == "float":
         for BN, BK, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096, 8192), (1, 2, 4, 8)):
-            block = BN * BK * halves * bits // 8
+            block = BN * BK * halves * 2  # bytes
             if reach >= BK and (2048 if small else 4096) <= block <= 32768 and 32 <= block / (32 * warps) <= 128:
                 plans.append(Plan(BN, BK, warps))
     elif case.format != "float":
-        loads = -(-case.K // (128 if case.format == "int4" else 64))  # 64 bytes each, of a row
+        loads = -(-case.words // 16)  # 64 bytes each, of a row
         tiles, depths = ((16, 32), (2, 4, 8)) if case.rows == 1 else ((16, 32, 64), (1,))
         for rows, warps, depth in itertools.product(tiles, (2, 4, 8, 16), depths):
             if loads <= 32 * warps and (depth - 1) * warps < loads:
                 plans.append(Plan(rows // halves, 0, warps, depth))
     else:
         for BN, BK, stages in itertools.product((16, 32, 64), (64, 128, 256, 512), (2, 3, 4, 5)):
-            block = BN * BK * halves * bits // 8
+            block = BN * BK * halves * 2  # bytes
             if 4096 <= block <= 32768 and 24576 <= block * stages <= 98304 and reach >= BK:
                 plans.append(Plan(BN, BK, 4, stages))
     return plans
@@ -117,13 +121,12 @@ class Bench:
     def __init__(self, case: Case, copies: int) -> None:
         self.case = case
         N = case.N * (2 if case.mode == "glu" else 1)
-        words = {"float": case.K, "int4": NIBBLES.words(case.K)}.get(case.format) or BYTES.words(case.K)
         self.weights = []
         for _ in range(copies):
             if case.format == "float":
-                self.weights.append(Weight("float", torch.randn(N, words, device="cuda", dtype=torch.bfloat16)))
+                self.weights.append(Weight("float", torch.randn(N, case.K, device="cuda", dtype=torch.bfloat16)))
                 continue
-            data = torch.randint(-(2**31), 2**31, (N, words), device="cuda", dtype=torch.int64).to(torch.int32)
+            data = torch.randint(-(2**31), 2**31, (N, case.words), device="cuda", dtype=torch.int64).to(torch.int32)
             if case.format == "int4":
                 scale, group = torch.rand(N, case.K // case.group, device="cuda").bfloat16(), case.group
             else:
