@@ -14,10 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-import torch.nn.functional as F
+from typing import Any
 
 import checkpoint
 import cli
@@ -26,9 +23,8 @@ from generate import Answer, Generator, Request, show_progress, weights_of
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
+from scripts.scoring import Row, Score, note, score, windows_of
 from tokenizer import Tokenizer
-
-LOGITS = 2**25  # numbers of fp32 logits at a time: 128 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,53 +51,7 @@ class Options:
             raise ValueError("nothing to evaluate: give --text FILE, --tasks NAMES, or both")
 
 
-class Score(NamedTuple):
-    nll: float  # the sum of negative log likelihoods, in nats
-    greedy: bool  # every scored token was the most likely one
-
-
-@torch.no_grad()
-def score(generator: Generator, rows: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
-    """For each row of tokens, how likely its last `count` ones are, each given all before it; rows are (tokens, count).
-
-    Rows are padded on the right, which a causal model's earlier positions never see.
-    """
-    model, device = generator.model, generator.device
-    B, T = len(rows), max(len(tokens) for tokens, _ in rows) - 1
-    padded = torch.tensor([[*tokens, *[0] * (T + 1 - len(tokens))] for tokens, _ in rows])  # [B, T + 1]
-    scored = torch.zeros(B, T, dtype=torch.bool)
-    for row, (tokens, count) in enumerate(rows):
-        scored[row, len(tokens) - 1 - count : len(tokens) - 1] = True
-    nll, misses = torch.zeros(B, dtype=torch.float64), torch.zeros(B, dtype=torch.int64)
-    inputs, generator.cached = padded.to(device), []
-    chunk = max(1, generator.prefill_tokens // B)
-    for begin in range(0, T, chunk):
-        end = min(begin + chunk, T)
-        input_pos = torch.arange(begin, end, device=device).expand(B, -1)  # [B, T]
-        view = generator.cache.narrow(end, rows=B, tail=end - begin > 1)
-        hidden = model.hidden(inputs[:, begin:end], input_pos, view)  # [B, T, C]
-        row, column = scored[:, begin:end].nonzero(as_tuple=True)
-        for some in torch.arange(len(row)).split(max(1, LOGITS // model.config.vocab_size)):
-            x = hidden[row[some].to(device), column[some].to(device)]  # [N, C]
-            target = padded[row[some], begin + column[some] + 1].to(device)  # [N]
-            logits = model.logits(x[None])[0].float()  # [N, V]
-            nll.index_add_(0, row[some], F.cross_entropy(logits, target, reduction="none").cpu().double())
-            misses.index_add_(0, row[some], (logits.argmax(-1) != target).cpu().long())
-    return [Score(n, m == 0) for n, m in zip(nll.tolist(), misses.tolist(), strict=True)]
-
-
-def windows_of(tokens: Sequence[int], *, context: int, windows: int | None) -> list[tuple[Sequence[int], int]]:
-    """The rows to score: `context` tokens to predict each, and one to start from."""
-    most = (len(tokens) - 1) // context
-    if most < (windows or 1):
-        raise ValueError(
-            f"{windows or 1} windows of {context} tokens need {(windows or 1) * context + 1} tokens and the text has "
-            f"{len(tokens)}; give a longer --text, or less --windows or --context"
-        )
-    return [(tokens[i * context : (i + 1) * context + 1], context) for i in range(windows or most)]
-
-
-def perplexity(model: Transformer, tokenizer: Tokenizer, rows: list[tuple[Sequence[int], int]], o: Options) -> dict:
+def perplexity(model: Transformer, tokenizer: Tokenizer, rows: list[Row], o: Options) -> dict:
     """The text's figures, and how long they took, compiling apart."""
     generator = Generator(model, max_seq_len=o.context, batch_size=o.batch, compile=o.compile)
     groups = [rows[i : i + o.batch] for i in range(0, len(rows), o.batch)]
@@ -130,12 +80,6 @@ def perplexity(model: Transformer, tokenizer: Tokenizer, rows: list[tuple[Sequen
         "tok_s": tokens / seconds,
         "compile_s": compile_s,
     }
-
-
-def note(text: str, done: int, total: int) -> None:
-    """Progress, as a line on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 class TaskModel:
@@ -258,7 +202,7 @@ def evaluate(options: Options) -> dict:
     device = hardware.pick_device(options.device)
     start = time.perf_counter()
     source = checkpoint.open_checkpoint(options.checkpoint)
-    rows: list[tuple[Sequence[int], int]] = []
+    rows: list[Row] = []
     if options.text is not None:  # before the weights are read: it may turn out too short
         limit = source.config.max_seq_len
         if options.context > limit:

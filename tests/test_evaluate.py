@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import load_model, open_checkpoint, save_model
 from generate import Generator
-from scripts import evaluate
+from scripts import evaluate, scoring
 from scripts.evaluate import Options, TaskModel
 from tests.conftest import TINY, new_cache, tiny_model
 
@@ -88,7 +88,7 @@ def test_perplexity_is_that_of_a_plain_computation(options, directory, context, 
 
 def test_logits_and_prompts_in_small_pieces_change_nothing(options, monkeypatch):
     expected = evaluate.evaluate(replace(options, batch=3))["nll"]
-    monkeypatch.setattr(evaluate, "LOGITS", 5 * 257)
+    monkeypatch.setattr(scoring, "LOGITS", 5 * 257)
     monkeypatch.setattr(Generator, "prefill_tokens", 21)
     assert evaluate.evaluate(replace(options, batch=3))["nll"] == pytest.approx(expected, rel=1e-6)
 
