@@ -1,10 +1,11 @@
-"""How well a model predicts text: perplexity over a file, and lm-eval's tasks.
+"""How well a model predicts text: perplexity over a file, lm-eval's tasks, and models compared.
 
     python -m scripts.evaluate --checkpoint CKPT --text FILE --context 1024 --json
+    python -m scripts.evaluate --compare CKPT CKPT+int8 ... --text FILE --plot FILE.png
 
 Perplexity is over consecutive windows that do not overlap: window i reads the tokens [i * context, (i + 1) * context)
-and predicts the same shifted by one, with no BOS put before. `score` is the one measurement: tasks that ask for the
-likelihood of an answer call it too. Statistics are fp32, and the logits of only a few positions exist at a time.
+and predicts the same shifted by one, with no BOS put before. Tasks that ask for the likelihood of an answer get it from
+the same `score`.
 """
 
 import importlib.util
@@ -23,6 +24,7 @@ from generate import Answer, Generator, Request, show_progress, weights_of
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
+from scripts import compare
 from scripts.scoring import Row, Score, note, score, windows_of
 from tokenizer import Tokenizer
 
@@ -33,6 +35,14 @@ class Options:
     text: Path | None = cli.option(None, "measure perplexity on this file of UTF-8 text")
     context: int = cli.option(1024, "tokens in each window of the text")
     windows: int | None = cli.option(None, "how many windows (default: all that the text has)")
+    compare: tuple[str, ...] = cli.option(
+        (),
+        "a table of these models' size, perplexity, divergence from the first one and speed; each is what --checkpoint "
+        f"takes, or that and what is done to it as it loads: CKPT+{', CKPT+'.join(compare.VARIANTS)}",
+        metavar="CKPT",
+        many=True,
+    )
+    plot: Path | None = cli.option(None, "with --compare: draw perplexity against size into this .png, .svg or .pdf")
     tasks: str | None = cli.option(None, "run these tasks of lm-eval, separated by commas")
     limit: int | None = cli.option(None, "look at this many examples of each task (default: all)")
     batch: int = cli.option(1, "windows or examples in one forward")
@@ -47,8 +57,26 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1; got {value}")
-        if self.text is None and not self.tasks:
+        if self.compare:
+            self._check_compare()
+        elif self.plot is not None:
+            raise ValueError("--plot draws what is compared; give --compare CKPT CKPT ...")
+        elif self.text is None and not self.tasks:
             raise ValueError("nothing to evaluate: give --text FILE, --tasks NAMES, or both")
+
+    def _check_compare(self) -> None:
+        if len(self.compare) < 2:
+            raise ValueError(f"--compare takes a reference and models to hold against it; got {self.compare[0]} alone")
+        if self.text is None:
+            raise ValueError("--compare measures on a text; give --text FILE")
+        for name, remedy in (
+            ("checkpoint", "the first model of --compare is the reference"),
+            ("quantize", "write --compare CKPT+FORMAT"),
+            ("tasks", "run them for one model at a time"),
+            ("limit", "it is for --tasks"),
+        ):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"--{name} does not go with --compare: {remedy}")
 
 
 def perplexity(model: Transformer, tokenizer: Tokenizer, rows: list[Row], o: Options) -> dict:
@@ -228,14 +256,40 @@ def evaluate(options: Options) -> dict:
     return result | {"peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9}
 
 
+def run_compare(options: Options) -> dict:
+    """The figures of all models, shown as they come to people, and drawn where asked for."""
+    if options.plot is not None:
+        compare.check_plot(options.plot)
+    models = []
+    for figures in compare.compare(options):
+        models.append(figures)
+        if not options.json:
+            head = [compare.table_head(options.compare)] if len(models) == 1 else []
+            print(*head, compare.table_line(figures, options.compare), sep="\n", flush=True)
+    if options.plot is not None:
+        compare.plot(models, options.plot)
+    device = hardware.pick_device(options.device)
+    return {
+        "text": str(options.text),
+        **{name: getattr(options, name) for name in ("context", "dtype", "batch", "compile")},
+        "device": hardware.device_name(device),
+        "models": models,
+        "peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9,
+    }
+
+
 def main(arguments: list[str]) -> None:
     parser = cli.Parser(prog="python -m scripts.evaluate", description=__doc__.split("\n\n")[0])
     cli.add_options(parser, Options)
     options = cli.take_options(Options, parser.parse_args(arguments))
-    result = evaluate(options)
+    result = run_compare(options) if options.compare else evaluate(options)
     if options.json:
         cli.print_json(result)
-        return
+    elif not options.compare:
+        show(result)
+
+
+def show(result: dict) -> None:
     print(f"{result['checkpoint']}, {weights_of(result)} on {result['device']}")
     if "perplexity" in result:
         per_byte = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
