@@ -189,17 +189,22 @@ def compared(options, directory, cache_folder, monkeypatch) -> Options:
 
 
 @pytest.mark.parametrize(("batch", "logits"), [(1, 2**25), (2, 2**25), (2, 5 * 257)])
-def test_divergence_and_agreement_are_those_of_a_plain_computation(compared, directory, batch, logits, monkeypatch):
+def test_divergence_and_agreement_are_those_of_a_plain_computation(
+    compared, directory, batch, logits, monkeypatch, tmp_path
+):
     monkeypatch.setattr(scoring, "LOGITS", logits)
-    plain, *others = evaluate.run_compare(replace(compared, batch=batch))["models"]
+    another, config = tmp_path / "another", replace(TINY, vocab_size=257, max_seq_len=LIMIT)
+    save_model(tiny_model(config, seed=1), another, tokenizer=open_checkpoint(str(directory)).tokenizer)
+    names = (str(directory), f"{directory}+int8", str(another))
+    plain, *others = evaluate.run_compare(replace(compared, compare=names, batch=batch))["models"]
     assert (plain["kl"], plain["agreement"]) == (0.0, 1.0)
     assert plain["nll"] == pytest.approx(slow_nll(directory, context=32, windows=3), rel=1e-5)
     tokens = open_checkpoint(str(directory)).tokenizer.encode(TEXT, special=False)
-    for figures, quantize in zip(others, ("int8", "fp8"), strict=True):
+    for figures, (folder, quantize) in zip(others, ((directory, "int8"), (another, None)), strict=True):
         divergence = agreed = nll = 0.0
         for i in range(0, 96, 32):
             p = log_probs(directory, tokens[i : i + 32])
-            q = log_probs(directory, tokens[i : i + 32], quantize=quantize)
+            q = log_probs(folder, tokens[i : i + 32], quantize=quantize)
             divergence += (p.exp() * (p - q)).sum().item() / 96
             agreed += (p.argmax(-1) == q.argmax(-1)).sum().item() / 96
             nll -= q[torch.arange(32), tokens[i + 1 : i + 33]].sum().item() / 96
