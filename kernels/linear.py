@@ -10,7 +10,8 @@ number of rows M:
 - M = 2 to `tuning.most_rows`: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core product,
   so that 16 rows cost what one costs.
 - M = 1 to `tuning.most_rows`, packed weights: `packed.packed_kernel`.
-- more: cuBLAS over dequantized weights, and `elementwise` for the rest.
+- more: cuBLAS over dequantized weights, or a product of integers where the inputs are to be int8 too, and
+  `elementwise` for the rest.
 
 The norm costs no launch: a program reads all of x anyway and sums its squares on the way (y = r * W (g * x) with
 r = rsqrt(mean x^2 + eps)).
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from kernels import elementwise, language, tuning
 from kernels.dequantize import dequantize, dequantize_twin
+from kernels.int8 import int8_linear
 from kernels.language import jit, launch_options, order, store, tl, triton, wait
 from kernels.packed import packed_kernel
 from kernels.weight import Weight
@@ -50,6 +52,9 @@ def linear(
         return linear_kernel(x, weight, **options)
     if norm is not None:
         x = elementwise.rms_norm(x, norm, eps)
+    if weight.int8_inputs:
+        y = int8_linear(x, weight, x.dtype)
+        return _finish(elementwise.silu_mul(y) if glu else y, residual, out_dtype)
     matrix = dequantize(weight, x.dtype)
     if residual is not None and weight.bias is None:
         return residual.addmm_(x, matrix.t())

@@ -14,6 +14,7 @@ class Weight(NamedTuple):
     zero: Tensor | None = None  # int4 asymmetric only: [N, K/group], in steps: the code that means 0
     bias: Tensor | None = None  # [N]
     group: int = 0  # int4: how many neighbours along K share a scale: 32, 64 or 128
+    int8_inputs: bool = False  # int8: what it multiplies is rounded to int8 too, where there are many rows of it
 
     @property
     def shape(self) -> tuple[int, int]:

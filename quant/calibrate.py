@@ -27,6 +27,7 @@ class Inputs(NamedTuple):
 
     hessian: Tensor  # fp32 [K, K]: 2/n * sum of x x^T
     mean_abs: Tensor  # fp32 [K]: 1/n * sum of |x|
+    max_abs: Tensor  # fp32 [K]: the largest |x|
 
 
 # The linear's name in its layer, as "attention.qkv", the one to be filled, its weight [N, K] and its inputs' Hessian.
@@ -162,12 +163,13 @@ def _inputs(layer: Block, run: Callable[[], None], tokens: int) -> dict[str, Inp
         x = args[0].flatten(0, 1).float()  # [B * T, K]
         inputs[name].hessian.addmm_(x.t(), x, alpha=2 / tokens)
         inputs[name].mean_abs.add_(x.abs().sum(0), alpha=1 / tokens)
+        torch.maximum(inputs[name].max_abs, x.abs().amax(0), out=inputs[name].max_abs)
 
     hooks = []
     for name, linear in layer.named_modules():
         if isinstance(linear, Linear):
             K, device = linear.in_features, linear.weight.device
-            inputs[name] = Inputs(torch.zeros(K, K, device=device), torch.zeros(K, device=device))
+            inputs[name] = Inputs(*(torch.zeros(shape, device=device) for shape in ((K, K), K, K)))
             hooks.append(linear.register_forward_pre_hook(partial(add, name=name)))
     try:
         run()

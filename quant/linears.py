@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.int8 import int8_linear
 from kernels.weight import Weight
 from model import Linear, Transformer
 
@@ -243,6 +244,19 @@ class Int8Linear(_ByteLinear):
         return (codes.float() - 128) * scale
 
 
+class W8A8Linear(Int8Linear):
+    """Int8Linear, with each row of its inputs rounded to 8 bits as well: a product of integers."""
+
+    format = "w8a8"
+
+    @property
+    def packed(self) -> Weight:
+        return Weight("int8", self.data, self.scale, bias=self.bias, int8_inputs=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x.reshape(-1, self.in_features), self.packed, x.dtype).view(*x.shape[:-1], -1)
+
+
 class Fp8Linear(_ByteLinear):
     """Floats of 8 bits (e4m3) with one scale a row."""
 
@@ -300,7 +314,7 @@ class Int4Linear(QuantizedLinear):
 class Storage(NamedTuple):
     """How one linear is stored."""
 
-    format: str  # "int8" | "int4" | "fp8", or "float": in the model's dtype
+    format: str  # "int8" | "w8a8" | "int4" | "fp8", or "float": in the model's dtype
     group: int = 0  # 4 bits only
 
 
@@ -308,7 +322,7 @@ class Storage(NamedTuple):
 class Recipe:
     """How a model's linears are stored. Embedding, norms and biases stay in the model's dtype."""
 
-    format: str  # "int8" | "int4" | "fp8": the linears of every layer
+    format: str  # "int8" | "w8a8" | "int4" | "fp8": the linears of every layer
     head: str  # the head, which decides the next token and gains little from 4 bits
     method: str = "rtn"  # what chose the codes; the layout does not depend on it
     group_size: int = 128  # 4 bits: how many neighbours share a scale, at most
@@ -348,7 +362,7 @@ class Recipe:
             return linear
         if format == "int4":
             return Int4Linear(K, N, bias=bias, dtype=dtype, group=group, symmetric=self.symmetric)
-        return (Fp8Linear if format == "fp8" else Int8Linear)(K, N, bias=bias, dtype=dtype)
+        return {"int8": Int8Linear, "w8a8": W8A8Linear, "fp8": Fp8Linear}[format](K, N, bias=bias, dtype=dtype)
 
 
 RECIPES = {

@@ -26,7 +26,7 @@ def seed() -> None:
 
 
 def seen(x: Tensor) -> Inputs:
-    return Inputs(hessian_of(x), x.abs().mean(0))
+    return Inputs(hessian_of(x), x.abs().mean(0), x.abs().amax(0))
 
 
 def empty(N: int, K: int, *, symmetric: bool = False, group: int = 32) -> Int4Linear:
@@ -95,6 +95,7 @@ def test_a_layer_computes_the_same_with_scales_folded_in(config: ModelConfig) ->
             atol = 1e-4 * now.hessian.max().item()
             torch.testing.assert_close(inputs[name].hessian, now.hessian, rtol=1e-3, atol=atol)
             torch.testing.assert_close(inputs[name].mean_abs, now.mean_abs, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(inputs[name].max_abs, now.max_abs, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(logits_of(model, tokens), wanted, rtol=1e-3, atol=1e-3)
 
 

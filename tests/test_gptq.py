@@ -252,7 +252,7 @@ def test_hessians_and_sizes_are_of_inputs_that_quantized_layers_made() -> None:
         return linear.quantize(weight)
 
     def prepare(layer: Block, linears: dict[str, QuantizedLinear], inputs: dict[str, Inputs]) -> None:
-        sizes.extend(each.mean_abs for each in inputs.values())
+        sizes.extend((each.mean_abs, each.max_abs) for each in inputs.values())
 
     half = tiny_model(CONFIG)
     finished = tiny_model(CONFIG)
@@ -266,9 +266,10 @@ def test_hessians_and_sizes_are_of_inputs_that_quantized_layers_made() -> None:
                 lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, 1))
             )
         logits_of(source, tokens)
-    for name, hessian, mean_abs in zip(names, seen, sizes, strict=True):
+    for name, hessian, (mean_abs, max_abs) in zip(names, seen, sizes, strict=True):
         torch.testing.assert_close(hessian, hessian_of(inputs[name]), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mean_abs, inputs[name].abs().mean(0))
+        torch.testing.assert_close(max_abs, inputs[name].abs().amax(0))
 
 
 def test_all_linears_are_quantized_as_the_recipe_says_and_biases_kept() -> None:
