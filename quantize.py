@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ import checkpoint
 import cli
 import hardware
 from model import Transformer
-from quant import awq, gptq
+from quant import awq, gptq, smoothquant
 from quant.calibrate import Method, Preparation, calibrate, sample_tokens
 from quant.linears import GROUPS, PIECE, Codes, QuantizedLinear, Recipe
 
@@ -74,8 +75,13 @@ class Options:
     output: Path | None = cli.option(None, "a directory to be made (needed)")
     method: str = cli.option(
         "rtn",
-        "what chooses the codes: rtn rounds to nearest; gptq, and awq for --bits 4, need --calibration",
-        choices=("rtn", "gptq", "awq"),
+        "what chooses the codes: rtn rounds to nearest; gptq, awq for --bits 4, and smoothquant for --bits 8, whose "
+        "inputs are rounded to 8 bits as well, need --calibration",
+        choices=("rtn", "gptq", "awq", "smoothquant"),
+    )
+    alpha: float | None = cli.option(
+        None,
+        f"smoothquant: how much of the inputs' outliers the weights take, 0 to 1; {smoothquant.ALPHA} if not given",
     )
     bits: int = cli.option(4, "of a weight in the layers: 4 or 8; the head has 8")
     format: str = cli.option("int", "of codes: int, or with --bits 8 fp (e4m3)", choices=("int", "fp"))
@@ -106,6 +112,12 @@ class Options:
                 f"--method awq goes with --bits 4 --format int; got --bits {self.bits} --format {self.format}, "
                 "which --method rtn rounds with little loss"
             )
+        if self.method == "smoothquant" and (self.bits, self.format) != (8, "int"):
+            raise ValueError(
+                f"--method smoothquant goes with --bits 8 --format int; got --bits {self.bits} --format {self.format}"
+            )
+        if self.alpha is not None and (self.method != "smoothquant" or not 0 <= self.alpha <= 1):
+            raise ValueError(f"--alpha is from 0 to 1, and for --method smoothquant; got {self.alpha}")
         if self.output is None:
             raise ValueError("--output is missing; name the directory to be made")
         if (self.bits, self.format) not in ((4, "int"), (8, "int"), (8, "fp")):
@@ -117,7 +129,7 @@ class Options:
 
     @property
     def recipe(self) -> Recipe:
-        format = f"{self.format}{self.bits}"
+        format = "w8a8" if self.method == "smoothquant" else f"{self.format}{self.bits}"
         head = "fp8" if format == "fp8" else "int8"
         if format != "int4":
             return Recipe(format=format, head=head, method=self.method)
@@ -151,6 +163,16 @@ def by_awq(source: checkpoint.Checkpoint, options: Options, **where) -> Transfor
     return _by_calibration(source, options, choose, awq.fold_scales, **where)
 
 
+def by_smoothquant(source: checkpoint.Checkpoint, options: Options, **where) -> Transformer:
+    """The layers' weights and inputs in 8 bits, smoothed by SmoothQuant; the head's inputs stay as they are."""
+    alpha = smoothquant.ALPHA if options.alpha is None else options.alpha
+
+    def choose(name: str, linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
+        return linear.quantize(weight)
+
+    return _by_calibration(source, options, choose, partial(smoothquant.fold_scales, alpha=alpha), **where)
+
+
 def _by_calibration(
     source: checkpoint.Checkpoint,
     options: Options,
@@ -182,7 +204,12 @@ def _by_calibration(
     return model
 
 
-METHODS: dict[str, Callable[..., Transformer]] = {"rtn": round_to_nearest, "gptq": by_gptq, "awq": by_awq}
+METHODS: dict[str, Callable[..., Transformer]] = {
+    "rtn": round_to_nearest,
+    "gptq": by_gptq,
+    "awq": by_awq,
+    "smoothquant": by_smoothquant,
+}
 
 
 def quantize(options: Options) -> dict:

@@ -71,8 +71,8 @@ def read_recipe(raw: object, file: Path) -> Recipe | None:
 
 def _read_storage(raw: object, name: str, file: Path) -> Storage:
     format, group = (raw.get("format"), raw.get("group_size")) if isinstance(raw, dict) else (None, None)
-    if format not in ("int8", "int4", "fp8", "float"):
-        raise ValueError(f"{file}: {name} has the format {format!r}; there are int8, int4, fp8 and float")
+    if format not in ("int8", "w8a8", "int4", "fp8", "float"):
+        raise ValueError(f"{file}: {name} has the format {format!r}; there are int8, w8a8, int4, fp8 and float")
     if format != "int4":
         return Storage(format)
     if group not in GROUPS:

@@ -18,6 +18,7 @@ from quant.calibrate import Inputs
 from quant.folding import check_finite, fold, share_heads
 from quant.linears import QuantizedLinear, W8A8Linear
 
+ALPHA = 0.5  # what the paper takes for most models
 LEAST = 1e-5  # of the largest channel: what an input and a weight count at least, so that none is divided by 0
 
 

@@ -416,7 +416,7 @@ def test_another_quantization_is_refused_by_its_name(sources, run, refused, tmp_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": "int3"}, ["'int3'", "int8, int4, fp8 and float"]),
+        ({"format": "int3"}, ["'int3'", "int8, w8a8, int4, fp8 and float"]),
         ({"format": None}, ["None"]),
         ({"group_size": 48}, ["48", "128, 64, 32"]),
         ({"symmetric": "no"}, ["symmetric"]),
