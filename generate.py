@@ -35,7 +35,7 @@ import cli
 import hardware
 from cache import StaticCache
 from model import Transformer
-from quant.linears import RECIPES
+from quant.linears import RECIPES, QuantizedLinear
 from sampling import SamplingBatch, SamplingParams, sample
 from tokenizer import Tokenizer
 
@@ -91,10 +91,12 @@ class Generator:
 
     def step_bytes(self, length: int, rows: int = 1) -> int:
         """Bytes a decode step has to read: each weight once, and the live cache."""
-        weights = self.model.state_dict()
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
         # Of the embedding it reads a row. Where that is the head as well, it stays in the list by its other name.
         del weights["embed.weight"]
-        return sum(w.nbytes for w in weights.values()) + self.cache.narrow(length, rows=rows).nbytes
+        linears = [module for module in self.model.modules() if isinstance(module, QuantizedLinear)]
+        held = [*weights.values(), *linears, self.cache.narrow(length, rows=rows)]
+        return sum(part.nbytes for part in held)
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request]) -> Iterator[Request]:
