@@ -12,8 +12,6 @@ from torch import Tensor
 
 from kernels.weight import Weight
 
-LEAST_ROWS = 17  # that torch's product on CUDA takes; and a number of outputs that is a multiple of 8
-
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] = scale[m] * steps, steps int8 [M, K] in -127..127 and scale = absmax / 127 of its row, fp32 [M, 1]."""
@@ -36,5 +34,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return a.float() @ b.float().t()
     M, N = len(a), len(b)
     if a.is_cuda:
-        a, b = F.pad(a, (0, 0, 0, max(0, LEAST_ROWS - M))), F.pad(b, (0, 0, 0, -N % 8))
+        a, b = pad(a, b)
     return torch._int_mm(a, b.t())[:M, :N]
+
+
+def pad(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a [M, K] and b [N, K] with rows of zeros, up to what torch's product on CUDA takes: M > 16, N in eights."""
+    return F.pad(a, (0, 0, 0, max(0, 17 - len(a)))), F.pad(b, (0, 0, 0, -len(b) % 8))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.int8 import int8_linear
+from kernels.int8 import int8_linear, quantize_rows
 from kernels.weight import Weight
 from model import Linear, Transformer
 
@@ -362,20 +362,27 @@ class Int8Linear(_ByteLinear):
         return None
 
 
-_FP8_BITS = 0x87F00000 - 2**32  # of an fp32, as int32: its sign and what e4m3's seven other bits become
-
-
 class W8A8Linear(Int8Linear):
-    """Int8Linear, with each row of its inputs rounded to 8 bits as well: a product of integers."""
+    """Int8Linear whose inputs are rounded to 8 bits as well, each row by its own largest: a product of integers."""
 
     format = "w8a8"
 
     @property
     def packed(self) -> Weight:
-        return Weight("int8", self.data, self.scale, bias=self.bias, int8_inputs=True)
+        return super().packed._replace(format="int8", int8_inputs=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return super().forward(x)
         return int8_linear(x.reshape(-1, self.in_features), self.packed, x.dtype).view(*x.shape[:-1], -1)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        codes = self._signed(self._codes(slice(None))).view(torch.int8) if self.native is None else self.native
+        steps, scale = quantize_rows(x)
+        return torch._int_mm(steps, codes.t()) * scale * self.scale
+
+
+_FP8_BITS = 0x87F00000 - 2**32  # of an fp32, as int32: its sign and what e4m3's seven other bits become
 
 
 class Fp8Linear(_ByteLinear):
