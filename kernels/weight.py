@@ -27,3 +27,8 @@ class Weight(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self[1:5] if t is not None)
+
+
+def most_rows(format: str) -> int:
+    """Up to how many rows the kernels for few rows are faster than the large product."""
+    return 16 if format == "float" else 64

@@ -15,8 +15,9 @@ import kernels.linear
 import quantize
 from checkpoint import load_model, open_checkpoint, save_model
 from generate import Generator, Request
-from kernels import int8, language, tuning
+from kernels import int8, language
 from kernels.int8 import int8_linear, quantize_rows
+from kernels.weight import most_rows
 from model import ModelConfig, Transformer
 from quant.calibrate import calibrate
 from quant.folding import fold
@@ -108,11 +109,8 @@ def test_shapes_that_cuda_does_not_take_are_padded(M: int, N: int) -> None:
 
 @pytest.mark.parametrize("end", [{}, {"glu": True}, {"residual": True}, {"norm": True}, {"out_dtype": torch.float32}])
 def test_many_rows_on_a_gpu_are_a_product_of_integers(end: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, x = (
-        made(torch.randn(32, 64, dtype=torch.bfloat16)),
-        torch.randn(tuning.most_rows("int8") + 1, 64).bfloat16(),
-    )
-    options = dict(end)
+    linear, options = made(torch.randn(32, 64, dtype=torch.bfloat16)), dict(end)
+    x = torch.randn(most_rows("int8") + 1, 64).bfloat16()
     if "residual" in end:
         options["residual"] = torch.randn(len(x), 32).bfloat16()
     if "norm" in end:
