@@ -105,13 +105,12 @@ def _rows(sources: Sequence[Checkpoint], o: "Options") -> list[Row]:
 
 def _size(model: Transformer) -> dict:
     """What the model takes in memory, and what a weight does in its linears, scales and zeros included."""
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}  # a tied head is one
-    nbytes = weights = 0
-    for linear in model.modules():
-        if isinstance(linear, Linear | QuantizedLinear):
-            nbytes += sum(tensor.nbytes for name, tensor in linear.state_dict().items() if name != "bias")
-            weights += linear.in_features * linear.out_features
-    return {"bytes": sum(tensors.values()), "bits_per_weight": 8 * nbytes / weights}
+    linears = [module for module in model.modules() if isinstance(module, Linear | QuantizedLinear)]
+    packed = sum(linear.nbytes for linear in linears if isinstance(linear, QuantizedLinear))
+    plain = sum(linear.weight.nbytes for linear in linears if isinstance(linear, Linear))
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    held = packed + sum(parameter.nbytes for parameter in model.parameters())  # a tied head is one with the embedding
+    return {"bytes": held, "bits_per_weight": 8 * (packed + plain) / weights}
 
 
 def _speed(model: Transformer, o: "Options") -> dict:
@@ -151,7 +150,7 @@ class Reference:
                     agreed += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
                     divergence += log_q.sub_(log_p).neg_().mul_(log_p.exp_()).sum().item()
             done = min(begin + o.batch, len(rows))
-            note(f"{name}: window", done, len(rows))
+            note(f"{name}: window", done, len(rows), keep=False)
         return {
             "perplexity": math.exp(nll / tokens),
             "nll": nll / tokens,

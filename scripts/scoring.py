@@ -79,7 +79,8 @@ def windows_of(tokens: Sequence[int], *, context: int, windows: int | None) -> l
     return [(tokens[i * context : (i + 1) * context + 1], context) for i in range(windows or most)]
 
 
-def note(text: str, done: int, total: int) -> None:
-    """Progress, as a line on a terminal."""
+def note(text: str, done: int, total: int, *, keep: bool = True) -> None:
+    """Progress, as a line on a terminal; unless to `keep`, it is gone at the end."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{text} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        end = "" if done < total else "\n" if keep else "\r\033[K"
+        print(f"\r\033[K{text} {done}/{total}", end=end, file=sys.stderr, flush=True)
