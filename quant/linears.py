@@ -166,6 +166,11 @@ def round_int4(weight: Tensor, *, group: int, symmetric: bool, dtype: torch.dtyp
     return Codes((steps + middle).clamp(0, 15).to(torch.uint8).view(N, K), scale, zero)
 
 
+def _written(x: Tensor) -> Tensor:
+    """`x`, contiguous, which a compiler that inlines how operands come about would else make anew for every row."""
+    return x.as_strided(x.shape, x.stride())
+
+
 # ---- The linears ----------------------------------------------------------------------------------------------------
 
 
@@ -355,7 +360,7 @@ class Int8Linear(_ByteLinear):
         if self.native is None:
             return None
         if torch.compiler.is_compiling() and len(x) == 1:
-            return ((self.native.float() * x.float()).sum(-1) * self.scale)[None]
+            return ((self.native.float() * _written(x.float())).sum(-1) * self.scale)[None]
         if x.dtype == torch.bfloat16 and len(x) <= 8 and not torch.compiler.is_compiling():
             # It would have the scales in bf16.
             return torch._weight_int8pack_mm(x, self.native, x.new_ones(self.out_features)) * self.scale
@@ -414,7 +419,7 @@ class Fp8Linear(_ByteLinear):
     def multiply(self, x: Tensor) -> Tensor | None:
         if self.native is None or not torch.compiler.is_compiling() or len(x) > 1:
             return None
-        x = x.float() * 2.0**64  # one of two steps by 2^120, so that nothing leaves fp32's range
+        x = _written(x.float() * 2.0**64)  # a part of 2^120 and the rest below, so that nothing leaves fp32's range
         return ((self._bits(self.native) * x).sum(-1) * 2.0**56 * self.scale)[None]
 
 
@@ -484,8 +489,8 @@ class Int4Linear(QuantizedLinear):
     def _multiply_one(self, x: Tensor) -> Tensor:
         """x [K] times the packed matrix, fp32 [N]. Nibble p of half h of word w in block B is k = 128 B + 32 p + 2 w + h."""
         pad, own = -self.in_features % 128, 128 // self.group
-        x = F.pad(x.float(), (0, pad)).view(-1, 4, 16, 2).permute(1, 3, 0, 2).contiguous()  # [p, h, B, w]
-        x = x.as_strided(x.shape, x.stride())  # written out, or the compiler would sort it anew for every row
+        x = F.pad(x.float(), (0, pad)).view(-1, 4, 16, 2).permute(1, 3, 0, 2)
+        x = _written(x.contiguous())  # [p, h, B, w]
         words = self.data.view(self.out_features, -1, 16)  # [N, B, w]
         scale, zero = (
             None if t is None else F.pad(t.float(), (0, pad // self.group)).unflatten(1, (-1, own, 1))
