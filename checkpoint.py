@@ -207,14 +207,19 @@ def _recipe(checkpoint: Checkpoint, quantize: str | Recipe | None) -> Recipe | N
     """How the checkpoint's model is to be quantized, or is already."""
     if quantize is None:
         return checkpoint.recipe
+    refuse_quantized(checkpoint)
+    if isinstance(quantize, str) and quantize not in RECIPES:
+        raise ValueError(f"unknown quantization {quantize!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[quantize] if isinstance(quantize, str) else quantize
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """ValueError for a checkpoint that cannot be quantized because it is."""
     if checkpoint.recipe is not None:
         raise ValueError(
             f"{checkpoint.name} is quantized already ({checkpoint.recipe}): load it as it is, "
             "or quantize the checkpoint that it was made from"
         )
-    if isinstance(quantize, str) and quantize not in RECIPES:
-        raise ValueError(f"unknown quantization {quantize!r}; there are {', '.join(RECIPES)}")
-    return RECIPES[quantize] if isinstance(quantize, str) else quantize
 
 
 def _allocate(model: Transformer, *, device: torch.device, dtype: torch.dtype) -> None:

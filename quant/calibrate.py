@@ -4,15 +4,21 @@ Layers are quantized in order, and a layer's linears too: the sequences' activat
 gives the Hessian of its output's squared error, the linear is quantized, and they go on through what it has become. So
 every linear is run once, and sees what all quantized ones before it make (GPTQ's "true sequential"). A `Preparation`
 rewrites a layer into another one that computes the same and suffers less from rounding; it has to see all of a layer's
-inputs first, and the layer is then run twice. Above the model's memory there are the sequences' activations at one or
-two places, one Hessian (a layer's, where it is prepared), and a cache of one layer.
+inputs first, and the layer is then run twice.
 
-This file refuses to know how codes are chosen: a `Method` gets a matrix and its Hessian.
+Or the activations of the unquantized model are kept beside: a linear then takes, before it is rounded, the weights
+that come nearest to that model's outputs on the inputs that it really gets. What the linears before it have spoilt is
+so made good, as far as a linear can: the idea of asymmetric calibration (Li et al. 2025, "GPTAQ: Efficient
+Finetuning-Free Quantization for Asymmetric Calibration", arXiv 2504.02692), here in closed form, and with the drift of
+the residual stream among what is made good.
+
+Above the model's memory there are the sequences' activations at one to five places, one Hessian (a layer's, where it is
+prepared), and a cache of one layer. This file refuses to know how codes are chosen: a `Method` gets a matrix and its
+Hessian.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,18 +76,22 @@ def calibrate(
     method: Method,
     *,
     prepare: Preparation | None = None,
-    finished: int = 0,
+    aim: float | None = None,
+    finished: Sequence[Callable[[Block], object]] = (),
     batch: int = 4,
 ) -> Iterator[Calibrated]:
     """Quantize `model` in place with what `method` chooses on the sequences tokens [S, T]; yields after each layer.
 
-    `prepare` may rewrite each layer before its codes are chosen. The first `finished` layers are quantized already, by
-    an earlier run, and only make the activations of the others, bit for bit as they did then. The head is rounded to
-    nearest, after the last layer: the model is whole only when this has run to its end. `batch` sequences go through a
-    layer at a time. ValueError for tokens that the model does not take, where a linear cannot be packed, and where the
-    method finds NaN or infinity.
+    `prepare` may rewrite each layer before its codes are chosen. Or else `aim` has linears aim at the unquantized
+    model's outputs, by a ridge regression with so many mean diagonals of the Hessian.
+
+    `finished` are the first layers' results from an earlier run: each is called with its layer, whose linears are empty
+    quantized ones, to fill it. The layers after are then, bit for bit, as if there had been one run. The head is
+    rounded to nearest, after the last layer: the model is whole only when this has run to its end. `batch` sequences go
+    through a layer at a time. ValueError for tokens that the model does not take, where a linear cannot be packed, and
+    where the method finds NaN or infinity.
     """
-    _check(model, tokens, finished)
+    _check(model, tokens)
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
     cache = _layer_cache(model, batch=min(batch, len(tokens)), length=tokens.shape[1])
     pieces, steps = [], {}  # [b, T, C] each, and what layers share, by b
@@ -89,12 +99,20 @@ def calibrate(
         B, T = some.shape
         x, steps[B] = model.begin(some, torch.arange(T, device=device).expand(B, -1), _rows(cache, B))
         pieces.append(x)
-    state = _State(pieces, steps, cache)
+    stream = _Stream(pieces, steps, cache)
+    plain = None if aim is None else _Stream(list(pieces), steps, cache)
     for index, layer in enumerate(model.layers):
-        if index < finished:
-            state.run(layer)
+        path = f"layers.{index}"
+        wanted = None if plain is None else _Wanted.run(plain, layer)
+        if index < len(finished):
+            for name in _linears(layer):
+                layer.set_submodule(name, _empty(recipe, f"{path}.{name}", layer.get_submodule(name), dtype))
+            finished[index](layer)
+            stream.run(layer)
+        elif prepare is None:
+            yield Calibrated(index, _quantize_in_order(layer, path, stream, wanted, aim, recipe, method))
         else:
-            yield Calibrated(index, _quantize_layer(layer, f"layers.{index}", state, recipe, method, prepare))
+            yield Calibrated(index, _quantize_prepared(layer, path, stream, prepare, recipe, method))
     head = _empty(recipe, "head", model.head, dtype)
     if isinstance(head, QuantizedLinear):
         head.pack_rows(0, model.head.weight)
@@ -116,9 +134,9 @@ def squared_outputs(weight: Tensor, hessian: Tensor) -> float:
     return float(((weight @ hessian) * weight).sum(dtype=torch.float64))
 
 
-def _check(model: Transformer, tokens: Tensor, finished: int) -> None:
+def _check(model: Transformer, tokens: Tensor) -> None:
     config = model.config
-    if any(isinstance(module, QuantizedLinear) for layer in model.layers[finished:] for module in layer.modules()):
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model is quantized already; calibrate the one that it was made from")
     if tokens.dim() != 2 or not tokens.numel():
         raise ValueError(f"calibration takes tokens [sequences, length], at least one; got {list(tokens.shape)}")
@@ -151,9 +169,11 @@ def _rows(cache: StaticCache, rows: int) -> StaticCache:
     return cache.narrow(cache.max_seq_len, rows=rows, tail=True)
 
 
-@dataclass
-class _State:
-    """The sequences' activations between two layers."""
+# ---- Activations -----------------------------------------------------------------------------------------------------
+
+
+class _Stream(NamedTuple):
+    """The sequences' activations between two layers, of which `run` makes those after the second."""
 
     pieces: list[Tensor]  # [b, T, C] each
     steps: Mapping[int, Step]  # by b
@@ -163,12 +183,12 @@ class _State:
         """Put the activations through `layer`, whose quantized linears multiply as plain ones of their values.
 
         `before(name, inputs)` is called when the inputs [b, T, K] of the linear of that name are known and before it
-        runs; it may put another one in its place.
+        runs; it may put another one in its place. What o and down make has then not yet been added to `pieces`.
         """
         attention, ffn, dtype = layer.attention, layer.ffn, self.pieces[0].dtype
         h = [layer.attention_norm(piece) for piece in self.pieces]
         before("attention.qkv", h)
-        with _plain(attention, "qkv", dtype), _left_out(attention, "o"):
+        with _unpacked(attention, "qkv", dtype), _instead(attention, "o", nn.Identity()):
             for i, piece in enumerate(h):
                 B = len(piece)
                 h[i] = attention(piece, self.steps[B], _rows(self.cache, B).layers[0])
@@ -176,7 +196,7 @@ class _State:
         self._add(attention, "o", h)
         h = [layer.ffn_norm(piece) for piece in self.pieces]
         before("ffn.gate_up", h)
-        with _plain(ffn, "gate_up", dtype), _left_out(ffn, "down"):
+        with _unpacked(ffn, "gate_up", dtype), _instead(ffn, "down", nn.Identity()):
             for i, piece in enumerate(h):
                 h[i] = ffn(piece)
         before("ffn.down", h)
@@ -184,9 +204,55 @@ class _State:
 
     def _add(self, module: nn.Module, name: str, inputs: list[Tensor]) -> None:
         """What the linear makes of its inputs, onto the activations."""
-        with _plain(module, name, self.pieces[0].dtype):
+        with _unpacked(module, name, self.pieces[0].dtype):
             for i, piece in enumerate(inputs):
                 self.pieces[i] = self.pieces[i] + getattr(module, name)(piece)
+
+
+class _Wanted(NamedTuple):
+    """The unquantized model's activations [b, T, C] around a layer."""
+
+    before: list[Tensor]
+    between: list[Tensor]  # attention and feed-forward
+    after: list[Tensor]
+
+    @classmethod
+    def run(cls, plain: _Stream, layer: Block) -> "_Wanted":
+        """Put the unquantized model's activations through a layer that is not quantized yet."""
+        before, between = list(plain.pieces), []
+        plain.run(layer, lambda name, _: between.extend(plain.pieces if name == "ffn.gate_up" else ()))
+        return cls(before, between, list(plain.pieces))
+
+    def drift(self, layer: Block, name: str, inputs: list[Tensor], pieces: list[Tensor], hessian: Tensor) -> Tensor:
+        """2/n * the sum of d x^T, [N, K], over inputs x of a linear: d is what its output lacks of the wanted one.
+
+        Where the output is added to the residual stream, which is in `pieces`, d has what that lacks, too.
+        """
+        linear = layer.get_submodule(name)
+        weight = linear.weight.float()
+        if name in ("attention.o", "ffn.down"):
+            sums = self.between if name == "attention.o" else self.after
+            outputs = (
+                wanted.float() - piece.float() - (0.0 if linear.bias is None else linear.bias.float())
+                for wanted, piece in zip(sums, pieces, strict=True)
+            )
+            return _products(outputs, inputs) - weight @ hessian
+        norm, sums = (layer.attention_norm, self.before) if name == "attention.qkv" else (layer.ffn_norm, self.between)
+        lacking = (norm(wanted).float() - x.float() for wanted, x in zip(sums, inputs, strict=True))
+        return weight @ _products(lacking, inputs)
+
+
+def _aimed(weight: Tensor, drift: Tensor, hessian: Tensor, ridge: float) -> Tensor:
+    """The weights [N, K] whose outputs come nearest to the wanted ones: W + D (H + r I)^-1, fp32."""
+    device = "cpu" if hessian.device.type == "mps" else hessian.device  # MPS has no fp64
+    h = hessian.to(device, torch.float64)
+    mean = h.diagonal().mean()
+    h.diagonal().add_(ridge * mean if mean > 0 else 1.0)
+    factor, info = torch.linalg.cholesky_ex(h)
+    if info:
+        raise ValueError("the inputs' Hessian is not positive definite; calibrate in float32 or on other text")
+    change = torch.cholesky_solve(drift.to(device, torch.float64).t(), factor).t()
+    return weight.float() + change.to(weight.device, torch.float32)
 
 
 @contextlib.contextmanager
@@ -199,12 +265,7 @@ def _instead(module: nn.Module, name: str, other: nn.Module) -> Iterator[None]:
         setattr(module, name, own)
 
 
-def _left_out(module: nn.Module, name: str) -> contextlib.AbstractContextManager:
-    """`module` without its last linear: it gives that one's inputs."""
-    return _instead(module, name, nn.Identity())
-
-
-def _plain(module: nn.Module, name: str, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+def _unpacked(module: nn.Module, name: str, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """`module` with a quantized linear's matrix unpacked once, rather than for every piece."""
     linear = getattr(module, name)
     if not isinstance(linear, QuantizedLinear):
@@ -224,28 +285,39 @@ class _Unpacked(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+# ---- Sums over inputs ------------------------------------------------------------------------------------------------
+
+
 def _inputs(pieces: list[Tensor]) -> Inputs:
     """What is known of the inputs [b, T, K] of a linear."""
-    K, n = pieces[0].shape[-1], sum(piece[..., 0].numel() for piece in pieces)
-    inputs = Inputs(pieces[0].new_zeros(K, K, dtype=torch.float32), pieces[0].new_zeros(K, dtype=torch.float32))
-    with _exact_products(pieces[0]):
-        for piece in pieces:
-            x = piece.flatten(0, 1)  # [b * T, K]
-            if x.is_cuda and x.dtype != torch.float32:
-                inputs.hessian.add_(torch.mm(x.t(), x, out_dtype=torch.float32), alpha=2 / n)
+    n = sum(piece[..., 0].numel() for piece in pieces)
+    mean_abs = sum(piece.float().abs().sum((0, 1)) for piece in pieces) / n
+    return Inputs(_products(pieces, pieces), mean_abs)
+
+
+def _products(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
+    """2/n * the sum of a_t b_t^T over n tokens, fp32 [N, K], for a [b, T, N] and b [b, T, K].
+
+    What is bfloat16 is multiplied as such, which is twice as fast and exact; and so is any `a` that goes with it.
+    """
+    total, n = 0.0, 0
+    for x, y in zip(a, b, strict=True):
+        n += y[..., 0].numel()
+        with _as_bfloat16(y.dtype == torch.bfloat16):
+            if y.is_cuda and y.dtype == torch.bfloat16:
+                product = torch.mm(x.flatten(0, 1).to(y.dtype).t(), y.flatten(0, 1), out_dtype=torch.float32)
             else:
-                x = x.float()
-                inputs.hessian.addmm_(x.t(), x, alpha=2 / n)
-            inputs.mean_abs.add_(x.abs().sum(0, dtype=torch.float32), alpha=1 / n)
-    return inputs
+                product = x.flatten(0, 1).float().t() @ y.flatten(0, 1).float()
+        total = product if n == y[..., 0].numel() else total.add_(product)
+    return total * (2 / n)
 
 
 @contextlib.contextmanager
-def _exact_products(x: Tensor) -> Iterator[None]:
-    """While fp32 products on the CPU may take their operands as bf16: half the time, and the same where x is bf16."""
+def _as_bfloat16(wanted: bool) -> Iterator[None]:
+    """While fp32 products on the CPU may round their operands to bfloat16."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    if x.dtype == torch.bfloat16:
+    if wanted:
         matmul.fp32_precision = "bf16"
     try:
         yield
@@ -253,48 +325,79 @@ def _exact_products(x: Tensor) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _quantize_layer(
-    layer: Block, path: str, state: _State, recipe: Recipe, method: Method, prepare: Preparation | None
-) -> dict[str, float]:
-    """Replace the layer's linears by quantized ones; gives each one's `output_error`."""
-    dtype, errors = layer.ffn_norm.weight.dtype, {}
+# ---- Layers ----------------------------------------------------------------------------------------------------------
 
-    def empty(name: str) -> Linear | QuantizedLinear:
-        return _empty(recipe, f"{path}.{name}", layer.get_submodule(name), dtype)
 
-    def fill(name: str, new: Linear | QuantizedLinear, inputs: Inputs) -> None:
-        old = layer.get_submodule(name)
-        if not isinstance(new, QuantizedLinear):
-            return
-        try:
-            new.store_rows(0, method(name, new, old.weight, inputs.hessian))
-        except ValueError as error:
-            raise ValueError(f"{path}.{name}: {error}") from None
-        if old.bias is not None:
-            new.bias.data.copy_(old.bias)
-        errors[name] = output_error(old.weight, new.dequantize(torch.float32), inputs.hessian)
-        layer.set_submodule(name, new)
-
-    if prepare is None:
-        state.run(layer, lambda name, pieces: fill(name, empty(name), _inputs(pieces)))
-        return errors
-    seen: dict[str, Inputs] = {}
-    unchanged = list(state.pieces)
-    state.run(layer, lambda name, pieces: seen.update({name: _inputs(pieces)}))
-    state.pieces = unchanged
-    linears = {name: empty(name) for name in seen}
-    try:
-        prepare(layer, linears, seen)
-    except ValueError as error:
-        raise ValueError(f"{path}.{error}") from None
-    for name, new in linears.items():
-        fill(name, new, seen[name])
-    del seen
-    state.run(layer)
-    return errors
+def _linears(layer: Block) -> list[str]:
+    return [name for name, module in layer.named_modules() if isinstance(module, Linear)]
 
 
 def _empty(recipe: Recipe, name: str, linear: Linear, dtype: torch.dtype) -> Linear | QuantizedLinear:
     """What is to take the place of `linear`, with no matrix and no bias yet; itself where it stays as it is."""
     with torch.device(linear.weight.device):
         return recipe.linear(name, linear, dtype)
+
+
+def _quantize_in_order(
+    layer: Block,
+    path: str,
+    stream: _Stream,
+    wanted: _Wanted | None,
+    aim: float | None,
+    recipe: Recipe,
+    method: Method,
+) -> dict[str, float]:
+    """Replace the layer's linears by quantized ones, each on the outputs of those before; gives `output_error`s."""
+    errors: dict[str, float] = {}
+
+    def quantize(name: str, pieces: list[Tensor]) -> None:
+        linear = layer.get_submodule(name)
+        new = _empty(recipe, f"{path}.{name}", linear, layer.ffn_norm.weight.dtype)
+        if not isinstance(new, QuantizedLinear):
+            return
+        weight, hessian = linear.weight, _products(pieces, pieces)
+        if wanted is not None and hessian.isfinite().all():
+            drift = wanted.drift(layer, name, pieces, stream.pieces, hessian)
+            weight = _aimed(weight, drift, hessian, aim)
+        errors[name] = _fill(layer, path, name, new, weight, hessian, method)
+
+    stream.run(layer, quantize)
+    return errors
+
+
+def _quantize_prepared(
+    layer: Block, path: str, stream: _Stream, prepare: Preparation, recipe: Recipe, method: Method
+) -> dict[str, float]:
+    """The same after `prepare`, with all inputs as the layer's unquantized linears make them."""
+    seen: dict[str, Inputs] = {}
+    before = list(stream.pieces)
+    stream.run(layer, lambda name, pieces: seen.update({name: _inputs(pieces)}))
+    stream.pieces[:] = before
+    dtype = layer.ffn_norm.weight.dtype
+    linears = {name: _empty(recipe, f"{path}.{name}", layer.get_submodule(name), dtype) for name in seen}
+    try:
+        prepare(layer, linears, seen)
+    except ValueError as error:
+        raise ValueError(f"{path}.{error}") from None
+    errors = {
+        name: _fill(layer, path, name, new, layer.get_submodule(name).weight, seen[name].hessian, method)
+        for name, new in linears.items()
+        if isinstance(new, QuantizedLinear)
+    }
+    stream.run(layer)
+    return errors
+
+
+def _fill(
+    layer: Block, path: str, name: str, new: QuantizedLinear, weight: Tensor, hessian: Tensor, method: Method
+) -> float:
+    """Put `new` with the codes for `weight` in the place of a linear; gives its `output_error`."""
+    bias = layer.get_submodule(name).bias
+    try:
+        new.store_rows(0, method(name, new, weight, hessian))
+    except ValueError as error:
+        raise ValueError(f"{path}.{name}: {error}") from None
+    if bias is not None:
+        new.bias.data.copy_(bias)
+    layer.set_submodule(name, new)
+    return output_error(weight, new.dequantize(torch.float32), hessian)

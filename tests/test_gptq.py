@@ -1,7 +1,6 @@
 """quant/gptq.py and quant/calibrate.py: codes against a slow reading of the paper, and layers quantized in order."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -194,18 +193,20 @@ def test_what_cannot_be_is_refused(change: dict, message: str) -> None:
 
 def test_the_layout_decides_bits_groups_and_zeros() -> None:
     weight, hessian = torch.randn(6, 64), hessian_of(correlated(200, 64))
-    int4 = Int4Linear(64, 6, dtype=torch.bfloat16, group=32, symmetric=False)
     options = {"group": 32, "symmetric": False, "dtype": torch.bfloat16}
-    for three_bits, bits in ((False, 4), (True, 3)):
-        found = choose_codes(int4, weight, hessian, three_bits=three_bits)
-        for a, b in zip(found, gptq(weight, hessian, bits=bits, **options), strict=True):
+    for bits, clip in ((4, False), (3, False), (4, True)):
+        linear = Int4Linear(64, 6, **options, bits=bits, clip=clip)
+        found = choose_codes(linear, weight, hessian)
+        for a, b in zip(found, gptq(weight, hessian, bits=bits, clip=clip, **options), strict=True):
             assert torch.equal(a, b)
+        linear.store_rows(0, found)
+        assert linear.storage == (f"int{bits}", 32)
     int8 = Int8Linear(64, 6, dtype=torch.bfloat16)
-    found = choose_codes(int8, weight, hessian, three_bits=True)  # 8 bits where groups do not fit stay 8
+    found = choose_codes(int8, weight, hessian)
     assert torch.equal(found.codes, gptq(weight, hessian, bits=8, group=0, symmetric=True, dtype=torch.bfloat16).codes)
     assert (found.scale.dtype, found.scale.shape) == (torch.float32, (6,))
-    with pytest.raises(ValueError, match="GPTQ chooses integers, and this linear holds fp8"):
-        choose_codes(Fp8Linear(64, 6, dtype=torch.bfloat16), weight, hessian)
+    fp8 = Fp8Linear(64, 6, dtype=torch.bfloat16)
+    assert torch.equal(choose_codes(fp8, weight, hessian).codes, fp8.quantize(weight).codes)
 
 
 # ---- Calibration ----------------------------------------------------------------------------------------------------
@@ -322,11 +323,10 @@ def test_batches_do_not_change_what_is_seen() -> None:
 
 def test_bfloat16_and_3_bits_and_8_bits() -> None:
     tokens = tokens_like_text(8, 32)
-    int8 = Recipe(format="int8", head="int8")
     errors = []
-    for recipe, method in ((int8, choose_codes), (INT4, choose_codes), (INT4, partial(choose_codes, three_bits=True))):
+    for recipe in (Recipe(format="int8", head="int8"), INT4, replace(INT4, format="int3")):
         model = tiny_model(CONFIG, dtype=torch.bfloat16)
-        reports = run(model, tokens, method, recipe)
+        reports = run(model, tokens, recipe=recipe)
         errors.append(sum(reports[-1].errors.values()))
         assert logits_of(model, tokens).isfinite().all()
     assert errors[0] < 0.3 * errors[1] < 0.3 * errors[2]
@@ -342,8 +342,6 @@ def test_what_is_no_sample_is_refused() -> None:
         run(model, torch.zeros(1, 513, dtype=torch.int64))
     with pytest.raises(ValueError, match="tokens 0 to 131 are not all among the 131"):
         run(model, torch.tensor([[0, 131]]))
-    with pytest.raises(ValueError, match=r"layers\.0\.attention\.qkv: GPTQ chooses integers"):
-        run(model, torch.tensor([[0, 1]]), recipe=Recipe(format="fp8", head="fp8"))
     model.layers[1].ffn.down.weight[3, 5] = torch.inf
     with pytest.raises(ValueError, match=r"layers\.1\.ffn\.down: a weight is NaN or infinite"):
         run(model, tokens_like_text(2, 8))
