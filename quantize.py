@@ -30,6 +30,7 @@ import hardware
 from model import Block, ModelConfig, Transformer
 from quant import awq, gptq
 from quant.calibrate import Method, Preparation, calibrate, sample_tokens
+from quant.export import FORMATS as EXPORTS
 from quant.linears import GROUPS, PIECE, Codes, QuantizedLinear, Recipe, Storage
 from quant.recipes import read_rules, storages, with_rules
 from quant.resume import WorkFolder, fingerprint
@@ -120,6 +121,9 @@ class Options:
     recipe: Path | None = cli.option(
         None, 'JSON, a glob to how its linears are stored: {"*.down_proj": {"bits": 8}, ...}; the first match counts'
     )
+    export: str | None = cli.option(
+        None, "write GPTQ's files, which transformers and vLLM load, rather than our own", choices=EXPORTS
+    )
     dtype: str = cli.option("bfloat16", "of the other weights and of 4-bit scales", choices=tuple(hardware.DTYPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     calibration: Path | None = cli.option(None, "a text that a method looks at the model's activations on")
@@ -153,6 +157,8 @@ class Options:
             raise ValueError(
                 "--group-size, --symmetric and --clip are for --bits 3 or 4; 8 bits have one symmetric scale a row"
             )
+        if self.export is not None and self.format == "fp":
+            raise ValueError(f"--export {self.export} writes integers; leave out --format fp")
         if self.clip and self.method == "awq":
             raise ValueError("--method awq searches for ranges as it is; leave out --clip")
         if self.group_size not in (None, *GROUPS):
@@ -162,6 +168,8 @@ class Options:
         """How the linears of a model are to be stored; ValueError where that cannot be."""
         format = f"{self.format}{self.bits}"
         head = "fp8" if format == "fp8" else "int8"
+        if self.export is not None:
+            head = "float"
         group_size = self.group_size or GROUPS[0]
         rules = [(pattern, Storage("float")) for pattern in self.exclude]
         if self.recipe is not None:
@@ -300,8 +308,10 @@ def quantize(options: Options) -> dict:
     checkpoint.refuse_quantized(source)
     recipe, tokenizer = options.recipe_for(source.config), None if source.random else source.tokenizer
     report = Report(sum(storage.format != "float" for storage in storages(recipe, source.config).values()))
+    scheme = checkpoint.export_scheme(recipe, source.config) if options.export else None
     model = METHODS[options.method](source, options, recipe=recipe, device=device, dtype=dtype, report=report)
-    checkpoint.save_model(model, output, tokenizer=tokenizer, eos_ids=source.eos_ids, recipe=recipe)
+    files = {"tokenizer": tokenizer, "eos_ids": source.eos_ids, "recipe": recipe, "scheme": scheme}
+    checkpoint.save_model(model, output, **files)
     shutil.rmtree(work_folder(output), ignore_errors=True)
     return {
         "checkpoint": options.checkpoint,
