@@ -29,6 +29,8 @@ from cache import StaticCache
 from model import Block, Linear, Step, Transformer
 from quant.linears import Codes, QuantizedLinear, Recipe
 
+COLUMNS = 512  # of a Hessian at a time, and of those the rows to the diagonal: the rest is their mirror image
+
 
 class Inputs(NamedTuple):
     """What is known of the inputs [n, K] of a linear."""
@@ -291,25 +293,37 @@ class _Unpacked(nn.Module):
 def _inputs(pieces: list[Tensor]) -> Inputs:
     """What is known of the inputs [b, T, K] of a linear."""
     n = sum(piece[..., 0].numel() for piece in pieces)
-    mean_abs = sum(piece.float().abs().sum((0, 1)) for piece in pieces) / n
-    return Inputs(_products(pieces, pieces), mean_abs)
+    return Inputs(_hessian(pieces), sum(piece.float().abs().sum((0, 1)) for piece in pieces) / n)
 
 
-def _products(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
-    """2/n * the sum of a_t b_t^T over n tokens, fp32 [N, K], for a [b, T, N] and b [b, T, K].
+def _hessian(pieces: list[Tensor]) -> Tensor:
+    """2/n * the sum of x x^T over n tokens, fp32 [K, K], for x [b, T, K]."""
+    K, n = pieces[0].shape[-1], sum(piece[..., 0].numel() for piece in pieces)
+    upper = torch.zeros(K, K, device=pieces[0].device)
+    for piece in pieces:
+        for begin in range(0, K, COLUMNS):
+            end = min(begin + COLUMNS, K)
+            upper[:end, begin:end] += _product(piece[..., :end], piece[..., begin:end])
+    upper = upper.mul_(2 / n).triu_()
+    return upper + upper.triu(1).t()
 
-    What is bfloat16 is multiplied as such, which is twice as fast and exact; and so is any `a` that goes with it.
+
+def _products(a: Iterable[Tensor], b: list[Tensor]) -> Tensor:
+    """2/n * the sum of a_t b_t^T over n tokens, fp32 [N, K], for a [b, T, N] and b [b, T, K]."""
+    total = sum(_product(x, y) for x, y in zip(a, b, strict=True))
+    return total * (2 / sum(piece[..., 0].numel() for piece in b))
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y, fp32 [N, K], for x [b, T, N] and y [b, T, K].
+
+    Where y is bfloat16, both are multiplied as such: twice as fast, and for an x that is bfloat16 too, exact.
     """
-    total, n = 0.0, 0
-    for x, y in zip(a, b, strict=True):
-        n += y[..., 0].numel()
-        with _as_bfloat16(y.dtype == torch.bfloat16):
-            if y.is_cuda and y.dtype == torch.bfloat16:
-                product = torch.mm(x.flatten(0, 1).to(y.dtype).t(), y.flatten(0, 1), out_dtype=torch.float32)
-            else:
-                product = x.flatten(0, 1).float().t() @ y.flatten(0, 1).float()
-        total = product if n == y[..., 0].numel() else total.add_(product)
-    return total * (2 / n)
+    x, y = x.flatten(0, 1), y.flatten(0, 1)
+    if y.is_cuda and y.dtype == torch.bfloat16:
+        return torch.mm(x.to(y.dtype).t(), y, out_dtype=torch.float32)
+    with _as_bfloat16(y.dtype == torch.bfloat16):
+        return x.float().t() @ y.float()
 
 
 @contextlib.contextmanager
@@ -355,7 +369,7 @@ def _quantize_in_order(
         new = _empty(recipe, f"{path}.{name}", linear, layer.ffn_norm.weight.dtype)
         if not isinstance(new, QuantizedLinear):
             return
-        weight, hessian = linear.weight, _products(pieces, pieces)
+        weight, hessian = linear.weight, _hessian(pieces)
         if wanted is not None and hessian.isfinite().all():
             drift = wanted.drift(layer, name, pieces, stream.pieces, hessian)
             weight = _aimed(weight, drift, hessian, aim)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model import Block, Linear, Transformer
-from quant.calibrate import Calibrated, Inputs, calibrate, output_error, sample_tokens
+from quant.calibrate import COLUMNS, Calibrated, Inputs, _inputs, calibrate, output_error, sample_tokens
 from quant.gptq import choose_codes, gptq
 from quant.linears import Codes, Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear, Recipe, round_int4, round_int8
 from tests.conftest import TINY, new_cache, tiny_model
@@ -270,6 +270,95 @@ def test_hessians_and_sizes_are_of_inputs_that_quantized_layers_made() -> None:
     for name, hessian, mean_abs in zip(names, seen, sizes, strict=True):
         torch.testing.assert_close(hessian, hessian_of(inputs[name]), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mean_abs, inputs[name].abs().mean(0))
+
+
+LINEARS = ("attention.qkv", "attention.o", "ffn.gate_up", "ffn.down")
+
+
+@torch.no_grad()
+def seen_by(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
+    """What the whole model puts into each linear, norm and layer, [n, K], and at "end" what comes out of the last."""
+    inputs = {}
+
+    def keep(name: str) -> None:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args: inputs.__setitem__(name, args[0].flatten(0, 1)))
+
+    for i in range(len(model.layers)):
+        for name in (*LINEARS, "attention_norm", "ffn_norm"):
+            keep(f"layers.{i}.{name}")
+    keep("norm")
+    logits_of(model, tokens)
+    return inputs
+
+
+@torch.no_grad()
+def test_linears_of_a_layer_see_what_quantized_ones_before_them_make() -> None:
+    tokens, seen = tokens_like_text(5, 12), []
+
+    def method(linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
+        seen.append((weight, hessian))
+        return linear.quantize(weight)
+
+    model = tiny_model(CONFIG)
+    plain = {name: module.weight for name, module in tiny_model(CONFIG).named_modules() if isinstance(module, Linear)}
+    run(model, tokens, method, batch=2)
+    inputs = seen_by(model, tokens)  # nothing after a linear changes what goes into it
+    for name, (weight, hessian) in zip([f"layers.{i}.{n}" for i in range(2) for n in LINEARS], seen, strict=True):
+        assert torch.equal(weight, plain[name])
+        torch.testing.assert_close(hessian, hessian_of(inputs[name]), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_aiming_is_a_regression_on_what_the_unquantized_model_makes() -> None:
+    config = replace(CONFIG, qkv_bias=True, o_bias=True, ffn_bias=True)
+    tokens, chosen, ridge = tokens_like_text(6, 20), [], 0.003
+
+    def method(linear: QuantizedLinear, weight: Tensor, hessian: Tensor) -> Codes:
+        chosen.append(weight)
+        return linear.quantize(weight)
+
+    model, plain = tiny_model(config), tiny_model(config)
+    run(model, tokens, method, replace(INT4, group_size=32), batch=4, aim=ridge)
+    real, ideal = seen_by(model, tokens), seen_by(plain, tokens)
+    for name, weight in zip([f"layers.{i}.{n}" for i in range(2) for n in LINEARS], chosen, strict=True):
+        linear, x = plain.get_submodule(name), real[name].double()
+        if name.endswith(("qkv", "gate_up")):
+            wanted = ideal[name].double() @ linear.weight.double().T
+        else:  # what the residual stream is to be after it, less what it is before
+            layer = int(name.split(".")[1])
+            before, after = ("attention_norm", "ffn_norm") if name.endswith("o") else ("ffn_norm", "attention_norm")
+            layer_after = layer if name.endswith("o") else layer + 1
+            end = "norm" if layer_after == 2 else f"layers.{layer_after}.{after}"
+            wanted = ideal[end].double() - real[f"layers.{layer}.{before}"].double() - linear.bias.double()
+        h = x.T @ x
+        h += ridge * h.diagonal().mean() * torch.eye(len(h))
+        lacking = wanted - x @ linear.weight.double().T
+        expected = linear.weight + torch.linalg.solve(h, x.T @ lacking).T
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(chosen[-1], plain.layers[1].ffn.down.weight, atol=1e-2)
+
+
+def test_aiming_brings_logits_nearer() -> None:
+    sample, fresh = tokens_like_text(24, 40), tokens_like_text(6, 40)
+    wanted, errors = logits_of(tiny_model(CONFIG), fresh), []
+    for aim in (0.01, None):
+        model = tiny_model(CONFIG)
+        run(model, sample, recipe=replace(INT4, format="int3"), aim=aim)
+        errors.append((logits_of(model, fresh) - wanted).square().mean().item())
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hessians_of_many_columns_are_whole_and_symmetric(dtype: torch.dtype) -> None:
+    K = COLUMNS + 77
+    pieces = [torch.randn(2, 30, K).to(dtype), torch.randn(1, 30, K).to(dtype)]
+    x = torch.cat([piece.flatten(0, 1) for piece in pieces])
+    found = _inputs(pieces)
+    torch.testing.assert_close(found.hessian, hessian_of(x.float()), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.hessian, found.hessian.T)
+    torch.testing.assert_close(found.mean_abs, x.float().abs().mean(0))
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
 
 
 def test_all_linears_are_quantized_as_the_recipe_says_and_biases_kept() -> None:
