@@ -256,6 +256,9 @@ def _by_calibration(
     except ValueError:
         work.remove()  # the same command would end here again
         raise
+    except KeyboardInterrupt:
+        print(f"finished layers are in {work.folder}; the same command goes on after them", file=sys.stderr)
+        raise
     if isinstance(model.head, QuantizedLinear):
         report("head", model.head, 0, head)
     return model
@@ -312,7 +315,7 @@ def quantize(options: Options) -> dict:
     model = METHODS[options.method](source, options, recipe=recipe, device=device, dtype=dtype, report=report)
     files = {"tokenizer": tokenizer, "eos_ids": source.eos_ids, "recipe": recipe, "scheme": scheme}
     checkpoint.save_model(model, output, **files)
-    shutil.rmtree(work_folder(output), ignore_errors=True)
+    shutil.rmtree(work_folder(output), ignore_errors=True)  # whoever began it: there is no place for the result now
     return {
         "checkpoint": options.checkpoint,
         "output": str(output),
