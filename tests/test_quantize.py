@@ -580,9 +580,10 @@ def stop(monkeypatch: pytest.MonkeyPatch, run) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_a_run_that_was_stopped_goes_on_and_ends_bit_for_bit_the_same(method, sources, run, stop, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_and_ends_bit_for_bit_the_same(method, sources, run, stop, monkeypatch, capsys):
     whole = json.loads(run(*calibrated(sources, method, "whole"))[0])
     stop(*calibrated(sources, method))
+    assert "the same command goes on after them" in capsys.readouterr().err
     assert not Path("out").exists()
     assert sorted(file.name for file in Path(".out.work").iterdir()) == ["layer-00000.safetensors", "run.json"]
     Path(".out.work/.layer-00001.safetensors.part").write_bytes(b"half of it")  # as a kill while writing leaves
