@@ -283,6 +283,12 @@ def test_options_that_do_not_fit(changes: dict, message: str, source: Path) -> N
     assert message in str(error.value)
 
 
+def test_other_libraries_files_do_not_hold_it(source: Path) -> None:
+    with pytest.raises(ValueError, match=r"GPTQ's files hold no w8a8: leave out model\.layers\.0\.self_attn\.q_proj"):
+        quantize.quantize(options(source, export="gptq"))
+    assert not source.with_name("out").exists()
+
+
 def test_inputs_that_are_not_finite_are_named() -> None:
     model = tiny_model(CONFIG)
     model.layers[0].ffn_norm.weight[2] = torch.nan
