@@ -728,7 +728,7 @@ def test_the_first_rule_that_matches_says_how_a_linear_is_stored(method, sources
         ({"lm_head": {"bits": 8, "format": "int8"}}, ["either bits or format"]),
         ({"lm_head": {"bits": 5}}, ["bits 5; there are 3, 4, 8"]),
         ({"lm_head": {"bits": True}}, ["bits True"]),
-        ({"lm_head": {"format": "int2"}}, ["'int2'; there are int8, int4, int3, fp8, float"]),
+        ({"lm_head": {"format": "int2"}}, ["'int2'; there are int8, w8a8, int4, int3, fp8, float"]),
         ({"lm_head": {"bits": 8, "group_size": 32}}, ["group_size", "int8 has none"]),
         ({"lm_head": {"bits": 4, "group_size": 48}}, ["group_size 48; there are 128, 64, 32"]),
         (
