@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import cache
 import model
 from hardware import device_name
+from kernels import int8
 from quant import linears
 
 log = logging.getLogger("tachyon")
@@ -168,7 +169,7 @@ class _Library:
 
     def _key(self, inputs: list[Tensor]) -> str:
         """Everything that the compiled code depends on: a stale library would compute another model."""
-        sources = [inspect.getsource(module) for module in (model, cache, linears, sys.modules[__name__])]
+        sources = [inspect.getsource(module) for module in (model, cache, linears, int8, sys.modules[__name__])]
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

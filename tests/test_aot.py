@@ -11,6 +11,7 @@ from checkpoint import load_model, open_checkpoint
 from generate import Generator, Request
 from hf_config import hf_config
 from model import Transformer
+from quant.linears import Recipe
 from tests.conftest import TINY, tiny_model
 
 
@@ -50,13 +51,13 @@ def test_a_damaged_library_is_made_anew(folder: Path) -> None:
     assert head.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["int8"])  # fp8 is alike but for how codes are read
-def test_quantized_layers_are_a_library_of_their_own(name: str, folder: Path) -> None:
+@pytest.mark.parametrize("format", ["int8", "w8a8"])  # fp8 is alike but for how codes are read
+def test_quantized_layers_are_a_library_of_their_own(format: str, folder: Path) -> None:
     def quantized() -> Transformer:
         config = folder.parent / "config.json"
         config.write_text(json.dumps(hf_config(TINY)))
         source = open_checkpoint(f"random:{config}")
-        return load_model(source, device="cpu", dtype=torch.float32, quantize=name)
+        return load_model(source, device="cpu", dtype=torch.float32, quantize=Recipe(format=format, head=format))
 
     model = quantized()
     before = set(folder.iterdir())
