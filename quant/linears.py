@@ -343,8 +343,8 @@ class QuantizedLinear(nn.Module):
         return self.data if self.native is None else self.layout.pack(self._native(slice(None)))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "data"] = self._data()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: object) -> None:
         self._unsettle()
@@ -391,7 +391,7 @@ class Int8Linear(_ByteLinear):
         return round_int8(weight)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return codes.float().sub_(128).mul_(scale)
+        return self._signed(codes).view(torch.int8).float().mul_(scale)
 
     @staticmethod
     def _signed(codes: Tensor) -> Tensor:
