@@ -102,7 +102,7 @@ class Options:
     output: Path | None = cli.option(None, "a directory to be made (needed)")
     method: str = cli.option(
         "rtn",
-        "what chooses the codes: rtn rounds to nearest; gptq, and awq for --bits 4, need --calibration",
+        "what chooses the codes: rtn rounds to nearest; gptq, and awq for 3 or 4 bits, need --calibration",
         choices=("rtn", "gptq", "awq"),
     )
     bits: int = cli.option(4, "of a weight in the layers: 3, 4 or 8; the head has 8, and 3 take the memory of 4")
@@ -144,7 +144,7 @@ class Options:
             raise ValueError("--method gptq chooses integers; leave out --format fp")
         if self.method == "awq" and (self.bits == 8 or self.format == "fp"):
             raise ValueError(
-                f"--method awq goes with --bits 4 --format int; got --bits {self.bits} --format {self.format}, "
+                f"--method awq goes with --bits 4 or 3 --format int; got --bits {self.bits} --format {self.format}, "
                 "which --method rtn rounds with little loss"
             )
         if self.output is None:
@@ -161,6 +161,10 @@ class Options:
             raise ValueError(f"--export {self.export} writes integers; leave out --format fp")
         if self.clip and self.method == "awq":
             raise ValueError("--method awq searches for ranges as it is; leave out --clip")
+        for name in ("samples", "seq_len"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be at least 1; got {getattr(self, name)}")
         if self.group_size not in (None, *GROUPS):
             raise ValueError(f"--group-size must be one of {', '.join(map(str, GROUPS))}; got {self.group_size}")
 
