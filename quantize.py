@@ -102,7 +102,7 @@ class Options:
     output: Path | None = cli.option(None, "a directory to be made (needed)")
     method: str = cli.option(
         "rtn",
-        "what chooses the codes: rtn rounds to nearest; gptq, awq for --bits 4, and smoothquant for --bits 8, whose "
+        "what chooses the codes: rtn rounds to nearest; gptq, awq for 3 or 4 bits, and smoothquant for --bits 8, whose "
         "inputs are rounded to 8 bits as well, need --calibration",
         choices=("rtn", "gptq", "awq", "smoothquant"),
     )
@@ -149,7 +149,7 @@ class Options:
             raise ValueError("--method gptq chooses integers; leave out --format fp")
         if self.method == "awq" and (self.bits == 8 or self.format == "fp"):
             raise ValueError(
-                f"--method awq goes with --bits 4 --format int; got --bits {self.bits} --format {self.format}, "
+                f"--method awq goes with --bits 4 or 3 --format int; got --bits {self.bits} --format {self.format}, "
                 "which --method rtn rounds with little loss"
             )
         if self.method == "smoothquant" and (self.bits, self.format) != (8, "int"):
@@ -172,6 +172,10 @@ class Options:
             raise ValueError(f"--export {self.export} writes integers; leave out --format fp")
         if self.clip and self.method == "awq":
             raise ValueError("--method awq searches for ranges as it is; leave out --clip")
+        for name in ("samples", "seq_len"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be at least 1; got {getattr(self, name)}")
         if self.group_size not in (None, *GROUPS):
             raise ValueError(f"--group-size must be one of {', '.join(map(str, GROUPS))}; got {self.group_size}")
 
