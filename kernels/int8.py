@@ -17,14 +17,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] = scale[m] * steps, steps int8 [M, K] in -127..127 and scale = absmax / 127 of its row, fp32 [M, 1]."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True) / 127
-    return (x / torch.where(scale == 0, 1.0, scale)).round().to(torch.int8), scale
+    return (x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8), scale
 
 
 def int8_linear(x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """y [M, N] = x [M, K] W^T + bias in `dtype`, with x rounded by `quantize_rows`; the weight's format is int8."""
     steps, scale = quantize_rows(x)
     steps = steps.unflatten(1, (-1, 2, 8)).transpose(2, 3).flatten(1)  # byte p of half-word i is k = 8 p + i of 16
-    y = _product(steps, weight.data.view(torch.int8) ^ -128).float() * scale * weight.scale  # code - 128, signed
+    y = (_product(steps, weight.data.view(torch.int8) ^ -128) * scale).mul_(weight.scale)  # code - 128, signed
     return (y if weight.bias is None else y + weight.bias.float()).to(dtype)
 
 
@@ -40,4 +40,5 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def pad(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """a [M, K] and b [N, K] with rows of zeros, up to what torch's product on CUDA takes: M > 16, N in eights."""
-    return F.pad(a, (0, 0, 0, max(0, 17 - len(a)))), F.pad(b, (0, 0, 0, -len(b) % 8))
+    rows, outputs = max(0, 17 - len(a)), -len(b) % 8
+    return F.pad(a, (0, 0, 0, rows)) if rows else a, F.pad(b, (0, 0, 0, outputs)) if outputs else b  # F.pad copies

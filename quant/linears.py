@@ -428,7 +428,7 @@ class W8A8Linear(Int8Linear):
     def multiply(self, x: Tensor) -> Tensor:
         codes = self._signed(self._codes(slice(None))).view(torch.int8) if self.native is None else self.native
         steps, scale = quantize_rows(x)
-        return torch._int_mm(steps, codes.t()) * scale * self.scale
+        return (torch._int_mm(steps, codes.t()) * scale).mul_(self.scale)
 
 
 _FP8_BITS = 0x87F00000 - 2**32  # of an fp32, as int32: its sign and what e4m3's seven other bits become
