@@ -266,6 +266,20 @@ def test_alpha_is_passed_on(source: Path) -> None:
     assert torch.equal(norms[0], norms[1]) and not torch.allclose(norms[1], norms[2], rtol=0.01)
 
 
+def test_linears_that_are_excluded_stay_as_they_are(source: Path) -> None:
+    quantize.quantize(options(source, exclude=("*.mlp.down_proj",)))
+    out, plain = (
+        load_model(open_checkpoint(str(p)), device="cpu", dtype=torch.float32)
+        for p in (source.with_name("out"), source)
+    )
+    for layer, old in zip(out.layers, plain.layers, strict=True):
+        assert torch.equal(layer.ffn.down.weight, old.ffn.down.weight)
+        assert type(layer.ffn.gate_up) is W8A8Linear
+    tokens = tokens_like_text(2, 16)
+    error = (logits_of(out, tokens) - logits_of(plain, tokens)).norm() / logits_of(plain, tokens).norm()
+    assert error < 0.05
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
