@@ -189,6 +189,7 @@ def quantize(options: Options) -> dict:
     output = checkpoint.new_directory(options.output)  # fails now rather than after the work
     device, dtype, recipe = hardware.pick_device(options.device), hardware.DTYPES[options.dtype], options.recipe
     source = checkpoint.open_checkpoint(options.checkpoint)
+    source = source.widened or source
     tokenizer, report = source.tokenizer, Report(source.config.n_layers)
     model = METHODS[options.method](source, options, device=device, dtype=dtype, report=report)
     checkpoint.save_model(model, output, tokenizer=tokenizer, eos_ids=source.eos_ids, recipe=recipe)

@@ -72,8 +72,8 @@ NIBBLES = Layout(bits=4, halves=32)  # 128 neighbours
 class RowBlocks(NamedTuple):
     """The order in which `_weight_int4pack_mm_for_cpu` reads nibbles: for blocks of rows, column by column.
 
-    A byte holds row i and row i + rows / 2 of a block, the first in its low bits; in a last block that is not whole, row
-    2i and row 2i + 1.
+    A byte holds row i and row i + rows / 2 of a block, the first in its low bits; in a last block that is not whole,
+    row 2i and row 2i + 1.
     """
 
     rows: int  # in a block
@@ -231,6 +231,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def packed(self) -> Weight:
+        """What the kernels read, in this linear's memory: not to be kept where the CPU then multiplies by it."""
         return Weight(self.format, self._data(), self.scale.contiguous(), self.zero, self.bias, self.group)
 
     @property
@@ -273,7 +274,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def settle(self, rows: int = 1) -> None:
-        """Bring the codes into the order in which this CPU multiplies, if there is one, for inputs of that many rows."""
+        """Bring the codes into the order in which this CPU multiplies inputs of that many rows, if there is one."""
         raise NotImplementedError
 
     def _settle(self, native: Callable[[Tensor], Tensor], shape: tuple[int, ...], step: int) -> None:
@@ -425,7 +426,9 @@ class Int4Linear(QuantizedLinear):
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
         self.group = group
         self.register_buffer("scale", torch.empty(out_features, in_features // group, dtype=dtype))
-        self.register_buffer("steps", None, persistent=False)  # [G, N, 2], beside `native`: scales and what code 8 means
+        self.register_buffer(
+            "steps", None, persistent=False
+        )  # [G, N, 2], beside `native`: scales and what code 8 means
         if not symmetric:
             self.zero = torch.empty(out_features, in_features // group, dtype=dtype)
 
@@ -463,7 +466,10 @@ class Int4Linear(QuantizedLinear):
         return None
 
     def _multiply_one(self, x: Tensor) -> Tensor:
-        """x [K] times the packed matrix, fp32 [N]. Nibble p of half h of word w in block B is k = 128 B + 32 p + 2 w + h."""
+        """x [K] times the packed matrix, fp32 [N].
+
+        Nibble p of half-word h in word w of block B belongs to k = 128 B + 32 p + 2 w + h.
+        """
         pad, own = -self.in_features % 128, 128 // self.group
         x = F.pad(x.float(), (0, pad)).view(-1, 4, 16, 2).permute(1, 3, 0, 2)
         x = _written(x.contiguous())  # [p, h, B, w]

@@ -251,7 +251,7 @@ def test_a_product_on_the_cpu_is_one_with_the_dequantized_matrix(
     for M in (65, 1, 2, 7, 16):  # many first, so that none has settled it
         x = torch.randn(M, 192, dtype=dtype)
         expected = x.float() @ matrix.t() + bias.float()
-        # fp32: sums in another order. 16 bits: the matrix, the scales or the product rounded, then the sum with the bias.
+        # fp32: sums in another order. 16 bits: the matrix, scales or the product rounded, then the sum with the bias.
         assert (linear(x) - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=10), M
     operator = dtype == torch.bfloat16 and N % 16 == 0 and linears.cpu_nibbles() is not None
     assert (linear.native is not None) == (linear.format != "int4" or operator)
@@ -271,8 +271,8 @@ def test_compiled_it_gives_the_same(kind: str, dtype: torch.dtype, settled: bool
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     for x, y in zip(inputs, expected, strict=True):
         assert compiled(x).dtype == dtype
-        eps = torch.finfo(dtype).eps
-        assert torch.allclose(compiled(x).float(), y.float(), rtol=8 * eps, atol=30 * eps)
+        loose = {torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
+        assert torch.allclose(compiled(x).float(), y.float(), rtol=8 * torch.finfo(dtype).eps, atol=loose)
 
 
 @pytest.mark.parametrize("kind", KINDS)
