@@ -257,12 +257,15 @@ class QuantizedLinear(nn.Module):
         """x [M, K] times the matrix, [M, N], dequantized in slices of rows."""
         step = max(64, SLICE // self.in_features // 64 * 64)
         if self.out_features <= step or torch.compiler.is_compiling():
-            return F.linear(x, self.dequantize(x.dtype))
+            return self._multiply_slice(x, slice(None))
         y = x.new_empty(len(x), self.out_features)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            y[:, rows] = F.linear(x, self.dequantize(x.dtype, rows))
+            y[:, rows] = self._multiply_slice(x, rows)
         return y
+
+    def _multiply_slice(self, x: Tensor, rows: slice) -> Tensor:
+        return F.linear(x, self.dequantize(x.dtype, rows))
 
     # ---- In a CPU's order
 
@@ -345,6 +348,7 @@ class Int8Linear(_ByteLinear):
     """Integers of 8 bits with one scale a row."""
 
     format = "int8"
+    few = 16  # rows up to which the operator over bytes is faster than a cast before the product
 
     def quantize(self, weight: Tensor) -> Codes:
         return round_int8(weight)
@@ -361,10 +365,15 @@ class Int8Linear(_ByteLinear):
             return None
         if torch.compiler.is_compiling() and len(x) == 1:
             return ((self.native.float() * _written(x.float())).sum(-1) * self.scale)[None]
-        if x.dtype == torch.bfloat16 and len(x) <= 8 and not torch.compiler.is_compiling():
+        if x.dtype == torch.bfloat16 and len(x) <= self.few and not torch.compiler.is_compiling():
             # It would have the scales in bf16.
             return torch._weight_int8pack_mm(x, self.native, x.new_ones(self.out_features)) * self.scale
         return None
+
+    def _multiply_slice(self, x: Tensor, rows: slice) -> Tensor:
+        if self.native is None or x.dtype == torch.float16:  # whose range products without the scale may leave
+            return super()._multiply_slice(x, rows)
+        return F.linear(x, self.native[rows].to(x.dtype)) * self.scale[rows]
 
 
 _FP8_BITS = 0x87F00000 - 2**32  # of an fp32, as int32: its sign and what e4m3's seven other bits become
@@ -405,7 +414,7 @@ class Int4Linear(QuantizedLinear):
 
     format = "int4"
     layout = NIBBLES
-    few = 64  # rows up to which an operator over nibbles is faster than dequantizing them
+    few = 128  # rows up to which an operator over nibbles is faster than dequantizing them
 
     def __init__(
         self,

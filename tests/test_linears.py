@@ -252,7 +252,8 @@ def test_a_product_on_the_cpu_is_one_with_the_dequantized_matrix(
         x = torch.randn(M, 192, dtype=dtype)
         expected = x.float() @ matrix.t() + bias.float()
         # fp32: sums in another order. 16 bits: the matrix, scales or the product rounded, then the sum with the bias.
-        assert (linear(x) - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=10), M
+        loose = (30 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+        assert (linear(x) - expected).abs().max() < loose * expected.abs().max().clamp(min=10), M
     operator = dtype == torch.bfloat16 and N % 16 == 0 and linears.cpu_nibbles() is not None
     assert (linear.native is not None) == (linear.format != "int4" or operator)
     assert torch.equal(linear.dequantize(torch.float32), matrix)
@@ -310,9 +311,9 @@ def test_rows_may_be_stored_after_a_product(kind: str) -> None:
 def test_few_rows_run_an_operator_over_codes(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     linear, operator, calls = made(kind, torch.randn(80, 192, dtype=torch.bfloat16)), getattr(torch, name), []
     monkeypatch.setattr(torch, name, lambda *args: calls.append(len(args[0])) or operator(*args))
-    for M in (1, 8, 100):
+    for M in (1, 16, 200):
         linear(torch.ones(M, 192, dtype=torch.bfloat16))
-    assert calls == [1, 8]
+    assert calls == [1, 16]
 
 
 def test_another_methods_codes_are_stored_as_they_are() -> None:
