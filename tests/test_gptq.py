@@ -375,7 +375,7 @@ def test_all_linears_are_quantized_as_the_recipe_says_and_biases_kept() -> None:
     assert isinstance(model.head, Int8Linear)
     nearest = Int8Linear(64, CONFIG.vocab_size, dtype=torch.float32)
     nearest.pack_rows(0, plain.embed.weight)
-    assert torch.equal(model.head.data, nearest.data)
+    assert torch.equal(model.head.packed.data, nearest.data)
 
 
 def test_errors_are_those_of_the_layers_outputs() -> None:

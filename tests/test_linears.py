@@ -276,8 +276,9 @@ def test_a_product_on_the_cpu_is_one_with_the_dequantized_matrix(
     for M in (65, 1, 2, 7, 16):  # many first, so that none has settled it
         x = torch.randn(M, 192, dtype=dtype)
         expected = x.float() @ matrix.t() + bias.float()
-        # fp32: sums in another order. 16 bits: the matrix, the scales or the product rounded, then the sum with the bias.
-        assert (linear(x) - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=10), M
+        # fp32: sums in another order. 16 bits: the matrix, scales or the product rounded, then the sum with the bias.
+        loose = (30 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+        assert (linear(x) - expected).abs().max() < loose * expected.abs().max().clamp(min=10), M
     operator = dtype == torch.bfloat16 and N % 16 == 0 and linears.cpu_nibbles() is not None
     assert (linear.native is not None) == (linear.format != "int4" or operator)
     assert torch.equal(linear.dequantize(torch.float32), matrix)
@@ -296,8 +297,8 @@ def test_compiled_it_gives_the_same(kind: str, dtype: torch.dtype, settled: bool
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     for x, y in zip(inputs, expected, strict=True):
         assert compiled(x).dtype == dtype
-        eps = torch.finfo(dtype).eps
-        assert torch.allclose(compiled(x).float(), y.float(), rtol=8 * eps, atol=30 * eps)
+        loose = {torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
+        assert torch.allclose(compiled(x).float(), y.float(), rtol=8 * torch.finfo(dtype).eps, atol=loose)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -335,9 +336,9 @@ def test_rows_may_be_stored_after_a_product(kind: str) -> None:
 def test_few_rows_run_an_operator_over_codes(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     linear, operator, calls = made(kind, torch.randn(80, 192, dtype=torch.bfloat16)), getattr(torch, name), []
     monkeypatch.setattr(torch, name, lambda *args: calls.append(len(args[0])) or operator(*args))
-    for M in (1, 8, 100):
+    for M in (1, 16, 200):
         linear(torch.ones(M, 192, dtype=torch.bfloat16))
-    assert calls == [1, 8]
+    assert calls == [1, 16]
 
 
 def test_another_methods_codes_are_stored_as_they_are() -> None:

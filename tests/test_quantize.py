@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ from quant.linears import QuantizedLinear, Recipe, Storage
 from quant.resume import WorkFolder
 from scripts import bench, evaluate
 from tests.conftest import TINY, new_cache, tiny_model
+from tests.test_checkpoint import tiny_gguf
 from tokenizer import load_tokenizer
 
 ROOT = Path(quantize.__file__).parent
@@ -129,6 +131,13 @@ def test_a_checkpoint_loads_as_rounding_on_the_fly_would_make_it_bit_for_bit(nam
     assert same(loaded, load(sources[model], quantize=recipe))
     assert open_checkpoint(str(tmp_path / "out")).quantized == name
     assert loaded.embed.weight is not getattr(loaded.head, "weight", None)
+
+
+def test_a_gguf_of_4_bits_is_quantized_anew_from_what_it_stands_for(run, tmp_path):
+    file = tiny_gguf(tmp_path / "x.gguf", kinds=(gguf.GGMLQuantizationType.Q4_1,))
+    run("--checkpoint", file, "--bits", "8", "--output", "out")
+    assert open_checkpoint(str(file)).quantized == "gguf-int4-g32-asymmetric"
+    assert same(load("out"), load(file, quantize="int8"))
 
 
 @pytest.mark.parametrize("name", FORMATS)
