@@ -38,9 +38,7 @@ def compile_for_cpu(transformer: model.Transformer, directory: Path) -> None:
     """Let `transformer` decode with compiled layers and head, whose libraries are kept in `directory`."""
     if isinstance(transformer.logits, _Head):
         return  # it does already
-    for module in transformer.modules():
-        if isinstance(module, linears.QuantizedLinear):
-            module.settle()  # the libraries are handed the tensors as they are now
+    linears.settle_model(transformer)  # the libraries are handed the tensors as they are now
     libraries: dict[tuple, _Library] = {}
     for layer in transformer.layers:
         kind = ("layer", layer.attention.use_rope, repr(transformer.config), repr(layer))

@@ -78,7 +78,7 @@ def open_checkpoint(spec: str) -> Checkpoint:
     if path.is_dir():
         return _open_directory(path, spec)
     opened = _open_gguf(path, spec)
-    # The built-in model is what it was before it had to fit on PyPI: floats.
+    # The built-in model is what figures start from, in floats.
     return opened.widened or opened if spec == DEFAULT_CHECKPOINT else opened
 
 

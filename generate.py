@@ -35,7 +35,7 @@ import cli
 import hardware
 from cache import StaticCache
 from model import Transformer
-from quant.linears import RECIPES, QuantizedLinear
+from quant.linears import RECIPES, QuantizedLinear, settle_model
 from sampling import SamplingBatch, SamplingParams, sample
 from tokenizer import Tokenizer
 
@@ -83,6 +83,8 @@ class Generator:
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # the newest of each row
         self.input_pos = torch.zeros_like(self.tokens)  # where they go
         self.compiled = compile
+        if self.device.type == "cpu":
+            settle_model(model)  # not in the first answer, which may be interrupted
         self.decoder = compile_model(model, self.cache) if compile else model
         self.fused = self.decoder is not model  # kernels, which also end a greedy step and choose the buckets
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}

@@ -214,7 +214,7 @@ class QuantizedLinear(nn.Module):
     """A linear layer over a packed matrix [N, K] = [out_features, in_features]; each format is a subclass.
 
     On a CPU the first product `settle`s it: the codes then lie in `native`, as the operators there read them, in the
-    memory that `data` had. Nothing else shows it: what is stored and saved is always `data`.
+    memory that `data` had. What is stored and saved is `data` all the same.
 
     Comments write W for the words in a row, G for its scales, B for its blocks.
     """
@@ -409,7 +409,7 @@ class Int8Linear(_ByteLinear):
             return ((self.native.float() * _written(x.float())).sum(-1) * self.scale)[None]
         if x.dtype == torch.bfloat16 and len(x) <= self.few and not torch.compiler.is_compiling():
             # It would have the scales in bf16.
-            return torch._weight_int8pack_mm(x, self.native, x.new_ones(self.out_features)) * self.scale
+            return torch._weight_int8pack_mm(x.contiguous(), self.native, x.new_ones(self.out_features)) * self.scale
         return None
 
     def _multiply_slice(self, x: Tensor, rows: slice) -> Tensor:
@@ -505,9 +505,7 @@ class Int4Linear(QuantizedLinear):
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
         self.group, self.bits, self.clip = group, bits, clip
         self.register_buffer("scale", torch.empty(out_features, in_features // group, dtype=dtype))
-        self.register_buffer(
-            "steps", None, persistent=False
-        )  # [G, N, 2], beside `native`: scales and what code 8 means
+        self.register_buffer("steps", None, persistent=False)  # [G, N, 2], beside `native`: scale, what code 8 means
         if not symmetric:
             self.zero = torch.empty(out_features, in_features // group, dtype=dtype)
 
@@ -547,7 +545,7 @@ class Int4Linear(QuantizedLinear):
 
     def multiply(self, x: Tensor) -> Tensor | None:
         if self.native is not None:
-            if len(x) > self.few:
+            if len(x) > self.few or x.dtype != self.steps.dtype:
                 return None
             return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.native, self.group, self.steps)
         if torch.compiler.is_compiling() and len(x) == 1:
@@ -648,6 +646,13 @@ RECIPES = {
     "int4": Recipe(format="int4", head="int8"),
     "fp8": Recipe(format="fp8", head="fp8"),
 }
+
+
+def settle_model(model: Transformer) -> None:
+    """Bring the codes of all linears into this CPU's order; interrupted, it leaves a model that is of no use."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.settle()
 
 
 def quantize_model(model: Transformer, recipe: Recipe, *, dtype: torch.dtype) -> None:
