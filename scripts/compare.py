@@ -68,6 +68,9 @@ def compare(o: "Options") -> Iterator[dict]:
     device, dtype = hardware.pick_device(o.device), hardware.DTYPES[o.dtype]
     variants = [parse_variant(item) for item in o.compare]
     sources = [checkpoint.open_checkpoint(variant.checkpoint) for variant in variants]
+    for variant, source in zip(variants, sources, strict=True):
+        if variant.quantize is not None:
+            checkpoint.refuse_quantized(source.widened or source)
     rows = _rows(sources, o)
     reference = None
     for variant, source in zip(variants, sources, strict=True):

@@ -18,6 +18,7 @@ import torch
 import checkpoint
 from checkpoint import load_model, open_checkpoint, save_model
 from generate import Generator
+from quant.linears import RECIPES
 from scripts import bench, compare, evaluate, scoring
 from scripts.evaluate import Options, TaskModel
 from tests.conftest import TINY, new_cache, tiny_model
@@ -319,6 +320,15 @@ def test_comparisons_that_cannot_be_are_refused_before_a_model_loads(compared, a
     with pytest.raises(ValueError) as error:
         evaluate.run_compare(replace(compared, **arguments))
     assert message in str(error.value)
+
+
+def test_what_is_quantized_is_not_quantized_again(compared, directory, tmp_path, monkeypatch):
+    source = open_checkpoint(str(directory))
+    model = load_model(source, device="cpu", dtype=torch.float32, quantize="int8")
+    save_model(model, tmp_path / "small", tokenizer=source.tokenizer, recipe=RECIPES["int8"])
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **options: pytest.fail("began to work"))
+    with pytest.raises(ValueError, match=r"small is quantized already \(int8\)"):
+        evaluate.run_compare(replace(compared, compare=(str(directory), f"{tmp_path / 'small'}+fp8")))
 
 
 def test_models_of_other_tokens_are_not_compared(compared, directory, tiny_directory):
