@@ -2,10 +2,10 @@
 
     python generate.py --compile --checkpoint CKPT --prompt TEXT
 
-`Generator` turns requests into tokens: one prefill over the prompts, then decode steps on static tensors, so that a
-step is one CUDA graph (or a few compiled regions on the CPU) and nothing waits for the host between tokens. The host
-looks at tokens some steps late and drops what was decoded past an end. The rest of this file is the command line:
-prompts in, text, samples and figures out.
+`Generator` turns requests into tokens: one prefill over the prompts, then decode steps on static tensors, so that some
+steps are one CUDA graph (or one is a few compiled regions on the CPU) and nothing waits for the host between tokens.
+The host looks at tokens some steps late and drops what was decoded past an end. The rest of this file is the command
+line: prompts in, text, samples and figures out.
 """
 
 import contextlib
@@ -58,8 +58,8 @@ class Request:
 class Generator:
     """Decodes requests with one model over one static cache.
 
-    Eager runs the model; compiled, what `compile_model` makes of it, by the same code. On CUDA a decode step is then
-    captured in a graph for each batch size, cache bucket and kind of sampling.
+    Eager runs the model; compiled, what `compile_model` makes of it, by the same code. On CUDA decode steps are then
+    captured in a graph for each batch size, cache bucket, kind of sampling and number of steps.
     """
 
     prefill_tokens = 8192  # in one forward, over all rows: bounds the activations' memory
