@@ -29,6 +29,7 @@ from cache import StaticCache
 from model import Block, Linear, Step, Transformer
 from quant.linears import Codes, QuantizedLinear, Recipe
 
+FOR_EACH_INPUT = (2, 10)  # tokens: with less a linear does not aim at anything, with more it does so wholly
 COLUMNS = 512  # of a Hessian at a time, and of those the rows to the diagonal: the rest is their mirror image
 
 
@@ -86,7 +87,8 @@ def calibrate(
     """Quantize `model` in place with what `method` chooses on the sequences tokens [S, T]; yields after each layer.
 
     `prepare` may rewrite each layer before its codes are chosen. Or else `aim` has linears aim at the unquantized
-    model's outputs, by a ridge regression with so many mean diagonals of the Hessian.
+    model's outputs, by a ridge regression with so many mean diagonals of the Hessian, as far as there are enough tokens
+    for one.
 
     `finished` are the first layers' results from an earlier run: each is called with its layer, whose linears are empty
     quantized ones, to fill it. The layers after are then, bit for bit, as if there had been one run. The head is
@@ -245,6 +247,12 @@ class _Wanted(NamedTuple):
         return weight @ _products(lacking, inputs)
 
 
+def _share(tokens: int, K: int) -> float:
+    """How much of what a regression on so few tokens finds is to be believed, for a linear of K inputs."""
+    least, enough = FOR_EACH_INPUT
+    return min(1.0, max(0.0, (tokens / K - least) / (enough - least)))
+
+
 def _aimed(weight: Tensor, drift: Tensor, hessian: Tensor, ridge: float) -> Tensor:
     """The weights [N, K] whose outputs come nearest to the wanted ones: W + D (H + r I)^-1, fp32."""
     device = "cpu" if hessian.device.type == "mps" else hessian.device  # MPS has no fp64
@@ -372,9 +380,10 @@ def _quantize_in_order(
         if not isinstance(new, QuantizedLinear):
             return
         weight, hessian = linear.weight, _hessian(pieces)
-        if wanted is not None and hessian.isfinite().all():
+        share = _share(sum(piece[..., 0].numel() for piece in pieces), linear.in_features)
+        if wanted is not None and share and hessian.isfinite().all():
             drift = wanted.drift(layer, name, pieces, stream.pieces, hessian)
-            weight = _aimed(weight, drift, hessian, aim)
+            weight = _aimed(weight, share * drift, hessian, aim)
         errors[name] = _fill(layer, path, name, new, weight, hessian, method)
 
     stream.run(layer, quantize)

@@ -85,7 +85,7 @@ def gptq_scheme(storages: Mapping[str, Storage], rows: Mapping[str, int], *, sym
     kept = {name: storage for name, storage in storages.items() if storage.format != "float"}
     first, usual = next((name, storage) for name, storage in kept.items())
     for name, storage in kept.items():
-        if name == "lm_head" or storage.format in ("fp8", "w8a8"):
+        if name == "lm_head" or storage.format not in (*GROUPED, "int8"):
             what = "quantized head" if name == "lm_head" else storage.format
             raise ValueError(f"GPTQ's files hold no {what}: leave out {name}, as --exclude does")
         if (storage.format in GROUPED) != (usual.format in GROUPED):

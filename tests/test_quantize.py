@@ -567,7 +567,7 @@ def test_a_calibration_that_cannot_be_is_refused(options, words, sources, refuse
 
 def calibrated(sources: dict[str, Path], method: str = "gptq", output: str = "out", *more: object) -> list[object]:
     command = ["--checkpoint", sources["biased"], "--method", method, "--calibration", TEXT, "--output", output]
-    return [*command, "--samples", 4, "--seq-len", 32, "--json", *more]
+    return [*command, "--samples", 16, "--seq-len", 64, "--json", *more]  # enough to aim by
 
 
 @pytest.fixture
