@@ -349,6 +349,7 @@ class QuantizedLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         destination[prefix + "data"] = self._data()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = self.scale.contiguous()  # may be a view of `steps`
 
     def _load_from_state_dict(self, *args: object) -> None:
         self._unsettle()
