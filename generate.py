@@ -2,10 +2,10 @@
 
     python generate.py --compile --checkpoint CKPT --prompt TEXT
 
-`Generator` turns requests into tokens: one prefill over the prompts, then decode steps on static tensors, so that a
-step is one CUDA graph (or a few compiled regions on the CPU) and nothing waits for the host between tokens. The host
-looks at tokens some steps late and drops what was decoded past an end. The rest of this file is the command line:
-prompts in, text, samples and figures out.
+`Generator` turns requests into tokens: one prefill over the prompts, then decode steps on static tensors, so that some
+steps are one CUDA graph (or one is a few compiled regions on the CPU) and nothing waits for the host between tokens.
+The host looks at tokens some steps late and drops what was decoded past an end. The rest of this file is the command
+line: prompts in, text, samples and figures out.
 """
 
 import contextlib
@@ -58,12 +58,13 @@ class Request:
 class Generator:
     """Decodes requests with one model over one static cache.
 
-    Eager runs the model; compiled, what `compile_model` makes of it, by the same code. On CUDA a decode step is then
-    captured in a graph for each batch size, cache bucket and kind of sampling.
+    Eager runs the model; compiled, what `compile_model` makes of it, by the same code. On CUDA decode steps are then
+    captured in a graph for each batch size, cache bucket, kind of sampling and number of steps.
     """
 
     prefill_tokens = 8192  # in one forward, over all rows: bounds the activations' memory
-    lookahead = 4  # decode steps enqueued on CUDA before the oldest one's tokens are looked at
+    burst = 4  # decode steps in one CUDA graph: between two graphs a GPU waits some microseconds
+    lookahead = 1  # bursts enqueued on CUDA before the oldest one's tokens are looked at
 
     def __init__(self, model: Transformer, *, max_seq_len: int, batch_size: int = 1, compile: bool = False) -> None:
         config, weight = model.config, model.norm.weight
@@ -80,9 +81,11 @@ class Generator:
             device=self.device,
         )
         self.cached: list[int] = []  # tokens whose keys and values the first row holds
-        self.tokens = torch.zeros(batch_size, 1, dtype=torch.int64, device=self.device)  # the newest of each row
-        self.input_pos = torch.zeros_like(self.tokens)  # where they go
         self.compiled = compile
+        self.burst = self.burst if compile and self.device.type == "cuda" else 1
+        # The latest steps' tokens of each row, the newest last, and where that goes.
+        self.tokens = torch.zeros(self.burst, batch_size, 1, dtype=torch.int64, device=self.device)
+        self.input_pos = torch.zeros_like(self.tokens[0])
         if self.device.type == "cpu":
             settle_model(model)  # not in the first answer, which may be interrupted
         self.decoder = compile_model(model, self.cache) if compile else model
@@ -120,16 +123,18 @@ class Generator:
         lookahead = self.lookahead if self.device.type == "cuda" else 0
         step = 0
         try:
-            yield from self._accept(requests, self.tokens[:B, 0].tolist())
+            yield from self._accept(requests, self.tokens[-1, :B, 0].tolist())
             while any(r.finish_reason is None for r in requests):
                 while step < last_step and len(pending) <= lookahead:
-                    self.decode(min(longest + step + 1, self.max_seq_len), sampling)
-                    pending.append(self._send(B))
-                    step += 1
+                    steps = self.burst if last_step - step >= self.burst else 1
+                    step += steps
+                    self.decode(min(longest + step, self.max_seq_len), sampling, steps)
+                    pending.append(self._send(B, steps))
                 tokens, sent = pending.popleft()
                 if sent is not None:
                     sent.synchronize()
-                yield from self._accept(requests, tokens.tolist())
+                for newest in tokens.tolist():
+                    yield from self._accept(requests, newest)
         finally:
             if B == 1:  # also when the caller stops early: what is known to be written stays usable
                 self.cached = [*requests[0].prompt, *requests[0].token_ids[:-1]]
@@ -153,26 +158,26 @@ class Generator:
             hidden = self.decoder.hidden(padded[:, begin:end], input_pos, view)  # [B, T, C]
             here = hidden[rows, (last - begin).clamp(0, end - begin - 1)]  # [B, C]
             x = here if x is None else torch.where((last >= begin)[:, None], here, x)
-        self.tokens[:B, 0] = self._draw(self.decoder.logits(x), sampling, last + 1)
+        self.tokens[-1, :B, 0] = self._draw(self.decoder.logits(x), sampling, last + 1)
         self.input_pos[:B, 0] = last + 1
 
-    def decode(self, length: int, sampling: SamplingBatch) -> None:
-        """One step of the state: the newest token of each row goes through the model and gives way to the next.
+    def decode(self, length: int, sampling: SamplingBatch, steps: int = 1) -> None:
+        """Steps of the state: in each the newest token of each row goes through the model and gives way to the next.
 
-        `length` is the longest row's, newest token included. On CUDA the first step of a kind runs as it is, which
-        compiles whatever is missing; the second captures it.
+        `length` is the longest row's at the last step, newest token included; there are 1 or `burst` steps. On CUDA the
+        first call of a kind runs as it is, which compiles whatever is missing; the second captures it.
         """
         B, bucket = len(sampling), self._bucket(length)
         if self.device.type != "cuda" or not self.compiled:
-            return self._step(bucket, sampling)
-        key = (B, bucket, sampling.kind)
+            return self._steps(bucket, sampling, steps)
+        key = (B, bucket, sampling.kind, steps)
         if key not in self.graphs:
             self.graphs[key] = None
-            return self._step(bucket, sampling)
+            return self._steps(bucket, sampling, steps)
         if self.graphs[key] is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.graph_pool):
-                self._step(bucket, sampling)
+                self._steps(bucket, sampling, steps)
             self.graphs[key] = graph
         self.graphs[key].replay()
 
@@ -186,19 +191,27 @@ class Generator:
             length = min(longest, 128 if self.device.type == "cuda" else 16)
             self.prefill([[0] * length] * B, 0, sampling)
             for bucket in sorted({self._bucket(length) for length in range(longest + 1, end + 1)}):
-                for _ in range(2):
-                    self.decode(bucket, sampling)
+                for steps in sorted({1, self.burst}):
+                    for _ in range(2):
+                        self.decode(bucket, sampling, steps)
         self.cached = []
         hardware.synchronize(self.device)
 
-    def _step(self, length: int, sampling: SamplingBatch) -> None:
+    def _steps(self, length: int, sampling: SamplingBatch, steps: int) -> None:
+        newest = self.tokens[-1]
+        for following in self.tokens[-steps:]:
+            self._step(length, sampling, newest[: len(sampling)], following[: len(sampling)])
+            newest = following
+
+    def _step(self, length: int, sampling: SamplingBatch, newest: Tensor, following: Tensor) -> None:
+        """The newest tokens [B, 1] go through the model, and those that follow are written to `following` [B, 1]."""
         B = len(sampling)
-        tokens, input_pos = self.tokens[:B], self.input_pos[:B]
-        x = self.decoder.hidden(tokens, input_pos, self.cache.narrow(length, rows=B))
+        input_pos = self.input_pos[:B]
+        x = self.decoder.hidden(newest, input_pos, self.cache.narrow(length, rows=B))
         if self.fused and sampling.argmax:
-            return self.decoder.greedy(x, tokens, input_pos, self.max_seq_len - 1)
+            return self.decoder.greedy(x, following, input_pos, self.max_seq_len - 1)
         input_pos.add_(1).clamp_(max=self.max_seq_len - 1)  # a finished row in a batch that goes on stays inside
-        tokens[:, 0] = self._draw(self.decoder.logits(x)[:, 0], sampling, input_pos[:, 0])
+        following[:, 0] = self._draw(self.decoder.logits(x)[:, 0], sampling, input_pos[:, 0])
 
     @functools.cached_property
     def sample(self) -> Callable[[Tensor, SamplingBatch, Tensor], Tensor]:
@@ -235,11 +248,12 @@ class Generator:
         kept.copy_(new)
         return kept
 
-    def _send(self, rows: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Start copying the newest tokens to the host, to be read once the event has passed."""
+    def _send(self, rows: int, steps: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Start copying the latest steps' tokens [steps, rows] to the host, to be read once the event has passed."""
+        tokens = self.tokens[-steps:, :rows, 0]
         if self.device.type != "cuda":
-            return self.tokens[:rows, 0].cpu(), None
-        host = torch.empty(rows, dtype=torch.int64, pin_memory=True).copy_(self.tokens[:rows, 0], non_blocking=True)
+            return tokens.cpu(), None
+        host = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
         sent = torch.cuda.Event()
         sent.record()
         return host, sent

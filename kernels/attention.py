@@ -4,7 +4,8 @@ A program takes one key/value head of one row and one split of the live cache. T
 packed into one tile, so keys and values are read once. How far the cache is live stands in `input_pos` on the
 device: splits are cut there, so one captured graph serves every length and the cost follows what is live. The program
 that finishes last for a head combines the splits (flash decoding, Dao et al. 2023) and leaves its counter at zero.
-The newest key and value never go through memory: the last split adds them from registers and writes them to the cache.
+The newest key and value never go through memory: the last split begins its softmax with them from registers, and
+writes them to the cache.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import elementwise, language, tuning
-from kernels.language import jit, launch_options, tl, triton, wait
+from kernels.language import along, jit, launch_options, tl, triton, wait
 
 
 class Heads(NamedTuple):
@@ -124,7 +125,8 @@ def decode_attention_kernel(
         SHORTEST=plan.shortest,
         BS=plan.BS,
         BG=triton.next_power_of_2(G),
-        BD=max(16, triton.next_power_of_2(D)),
+        BD=max(8 * plan.num_warps, 32, triton.next_power_of_2(D)),
+        S=plan.num_warps,
         LOOP=slots > splits * plan.BS or plan.shortest > plan.BS,
         PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
@@ -134,7 +136,7 @@ def decode_attention_kernel(
 
 
 @jit
-def _head_row(x, weight, cos, sin, eps, d, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):
+def _head_rows(x, weight, cos, sin, eps, d, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr):
     """Heads at pointers x [rows, 1], normed and rotated, fp32 [rows, BD]; cos and signed sin are rows [1, BD]."""
     half: tl.constexpr = D // 2
     keep = (d < D)[None, :]
@@ -153,36 +155,86 @@ def _head_row(x, weight, cos, sin, eps, d, D: tl.constexpr, NORM: tl.constexpr, 
     return y
 
 
-@jit
-def _block(k_cache, v_cache, cache, stride_s, start, end, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr):
-    """Keys and values [BS, BD] from slot `start` on; zeros from `end` on."""
-    s = start + tl.arange(0, BS)
-    d = tl.arange(0, BD)
-    at = cache + s.to(tl.int64)[:, None] * stride_s + d[None, :]
-    live = (s < end)[:, None] & (d < D)[None, :]
-    return tl.load(k_cache + at, mask=live, other=0.0), tl.load(v_cache + at, mask=live, other=0.0)
+# Keys and values are loaded as a tensor core's operand wants them, so that they pass from memory into a product without
+# a move between threads. A right side of 16 x 8 has lane 4 r + t hold, of column r, the rows 2t, 2t + 1, 2t + 8 and
+# 2t + 9. A sum does not mind its order: a key's eight neighbours in one load may be these rows twice, if the queries
+# agree. Tensors are shaped [t 4, r 8, warp, ..., 16 bytes], which Triton spreads over lanes, warps and registers.
 
 
 @jit
-def _attend(q, k, v, k_new, v_new, start, end, pos, scale, top, total, acc, BS: tl.constexpr):
-    """One block of online softmax (Milakov & Gimelshein 2018): running maximum, sum, and weighted values."""
+def _keys(cache, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, S: tl.constexpr):
+    """Keys of BS slots from `start` on, zeros from `end` on, as a product's right side [BD, BS].
+
+    The dimensions are in the order of `_as_keys`.
+    """
+    slot = start + along(3, BS // S // 8, 6) * (8 * S) + along(2, S, 6) * 8 + along(1, 8, 6)
+    d = along(4, BD // 32, 6) * 32 + along(0, 4, 6) * 8 + along(5, 8, 6)
+    k = tl.load(cache + slot.to(tl.int64) * stride_s + d, mask=(slot < end) & (d < D), other=0.0)
+    k = tl.reshape(k, [4, 8, S, BS // S // 8, BD // 32, 2, 2, 2])
+    return tl.reshape(tl.permute(k, [4, 5, 6, 0, 7, 3, 2, 1]), [BD, BS])
+
+
+@jit
+def _as_keys(q, ROWS: tl.constexpr, BD: tl.constexpr):
+    """Queries [ROWS, BD] with the dimensions in the order of `_keys`."""
+    q = tl.reshape(q, [ROWS, BD // 32, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(q, [0, 1, 3, 4, 2, 5]), [ROWS, BD])
+
+
+@jit
+def _values(cache, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, S: tl.constexpr):
+    """Values of BS slots from `start` on, zeros from `end` on, as a product's right side [BS, BD].
+
+    A warp has all slots and its part of the dimensions, which are in the order that `_in_order` ends.
+    """
+    EACH: tl.constexpr = BD // (8 * S)  # dimensions of a lane
+    VEC: tl.constexpr = min(EACH, 8)
+    slot = start + along(3, BS // 16, 8) * 16 + along(4, 2, 8) * 8 + along(0, 4, 8) * 2 + along(5, 2, 8)
+    d = (
+        (along(2, S, 8) * (EACH // VEC) + along(6, EACH // VEC, 8)) * (8 * VEC)
+        + along(1, 8, 8) * VEC
+        + along(7, VEC, 8)
+    )
+    v = tl.load(cache + slot.to(tl.int64) * stride_s + d, mask=(slot < end) & (d < D), other=0.0)
+    return tl.reshape(tl.permute(v, [3, 4, 0, 5, 6, 7, 2, 1]), [BS, BD])
+
+
+@jit
+def _value_dims(BD: tl.constexpr, S: tl.constexpr):
+    """Which dimensions the columns of `_values` are."""
+    VEC: tl.constexpr = min(BD // (8 * S), 8)
+    n = tl.arange(0, BD)
+    outer = n // (8 * S * VEC) + n // 8 % S * (BD // (8 * S) // VEC)
+    return outer * (8 * VEC) + n % 8 * VEC + n // (8 * S) % VEC
+
+
+@jit
+def _in_order(y, ROWS: tl.constexpr, BD: tl.constexpr, S: tl.constexpr):
+    """What came of `_values`, [ROWS, BD], with the dimensions in their own order."""
+    VEC: tl.constexpr = min(BD // (8 * S), 8)
+    y = tl.reshape(y, [ROWS, BD // (8 * S) // VEC, VEC, S, 8])
+    return tl.reshape(tl.permute(y, [0, 3, 1, 4, 2]), [ROWS, BD])
+
+
+@jit
+def _attend(q, k, v, start, end, scale, top, total, acc, BS: tl.constexpr):
+    """One block of online softmax (Milakov & Gimelshein 2018): running maximum, sum [ROWS, 8], weighted values."""
+    scores = tl.dot(q, k, input_precision="ieee") * scale  # [ROWS, BS]
     slot = start + tl.arange(0, BS)
-    k = tl.where((slot == pos)[:, None], k_new, k)
-    v = tl.where((slot == pos)[:, None], v_new, v)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, BS]
     scores = tl.where((slot < end)[None, :], scores, float("-inf"))
     highest = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - highest[:, None])
-    fade = tl.exp2(top - highest)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return highest, total * fade + tl.sum(p, 1), acc
+    p = tl.exp2(scores - highest[:, None]).to(v.dtype)
+    fade = tl.exp2(top - highest)[:, None]
+    # The sum as a product as well: it needs no exchange between warps.
+    total = tl.dot(p, tl.full([BS, 8], 1.0, v.dtype), total * fade, input_precision="ieee")
+    return highest, total, tl.dot(p, v, acc * fade, input_precision="ieee")
 
 
 @jit
 def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache, out, sums, stats, counters, eps,
                       scale, stride_b, stride_s, stride_k, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                       NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-                      SHORTEST: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+                      SHORTEST: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, S: tl.constexpr,
                       LOOP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Position and older keys and values were there before this step began: they need no wait.
@@ -198,11 +250,11 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         ROWS: tl.constexpr = BG if BG > 16 else 16  # a tensor core's least
         g = tl.arange(0, ROWS)
         d = tl.arange(0, BD)
-        keep = (d < D)[None, :]
         cache = b.to(tl.int64) * stride_b + head * stride_k
         begin = first + split * share
-        end = tl.minimum(begin + share, pos + 1)
-        k, v = _block(k_cache, v_cache, cache, stride_s, begin, tl.minimum(end, pos), D, BS, BD)
+        end = tl.minimum(begin + share, pos)
+        k = _keys(k_cache + cache, begin, end, stride_s, D, BS, BD, S)
+        v = _values(v_cache + cache, begin, end, stride_s, D, BS, BD, S)
         half: tl.constexpr = D // 2
         angle = pos.to(tl.int64) * half + tl.where(d < half, d, d - half)
         c = tl.load(cos + angle, mask=d < D, other=0.0)[None, :]
@@ -211,36 +263,50 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         wait(PDL)
 
         row = qkv + b.to(tl.int64) * ((G + 2) * K * D)
-        new = row + (G * K + head + tl.zeros([1, 1], tl.int32)) * D
-        v_new = tl.load(new + K * D + d[None, :], mask=keep, other=0.0).to(dtype)
-        k_new = _head_row(new, k_norm, c, s, eps, d, D, NORM, ROPE).to(dtype)  # [1, BD]
         heads = row + (head * G + tl.minimum(g, G - 1))[:, None] * D
-        q = _head_row(heads, q_norm, c, s, eps, d, D, NORM, ROPE).to(dtype)  # [ROWS, BD]
-        if split == n_splits - 1:
-            at = cache + pos.to(tl.int64) * stride_s + d[None, :]
-            tl.store(k_cache + at, k_new, mask=keep)
-            tl.store(v_cache + at, v_new, mask=keep)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        q = _head_rows(heads, q_norm, c, s, eps, d, D, NORM, ROPE).to(dtype)  # [ROWS, BD]
+        # In every row, so that nothing has to be moved between threads.
+        new = row + (G * K + head + tl.zeros([ROWS, 1], tl.int32)) * D
+        k_new = _head_rows(new, k_norm, c, s, eps, d, D, NORM, ROPE).to(dtype)
+        e = _value_dims(BD, S)
+        v_new = tl.load(row + ((G + 1) * K + head) * D + e, mask=e < D, other=0.0).to(dtype)
+        last = split == n_splits - 1  # this split's slots end with the newest, which begins its softmax
+        newest_slot = cache + pos.to(tl.int64) * stride_s
+        stored = tl.where(last, D, 0)
+        tl.store(
+            k_cache + newest_slot + g[:, None] * 0 + d[None, :], k_new, mask=(g == 0)[:, None] & (d < stored)[None, :]
+        )
+        tl.store(v_cache + newest_slot + e, v_new, mask=e < stored)
+        newest = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale
+        newest = tl.where(last, newest, float("-inf"))
+        top = newest
+        total = tl.where(last, tl.full([ROWS, 8], 1.0, tl.float32), 0.0)
+        q = _as_keys(q, ROWS, BD)
         acc = tl.zeros([ROWS, BD], tl.float32)
         if LOOP:
             for start in range(begin, end, BS):
                 # The next block is on its way while this one is used.
-                k_next, v_next = _block(k_cache, v_cache, cache, stride_s, start + BS, tl.minimum(end, pos), D, BS, BD)
-                top, total, acc = _attend(q, k, v, k_new, v_new, start, end, pos, scale, top, total, acc, BS)
+                k_next = _keys(k_cache + cache, start + BS, end, stride_s, D, BS, BD, S)
+                v_next = _values(v_cache + cache, start + BS, end, stride_s, D, BS, BD, S)
+                top, total, acc = _attend(q, k, v, start, end, scale, top, total, acc, BS)
                 k = k_next
                 v = v_next
         else:
-            top, total, acc = _attend(q, k, v, k_new, v_new, begin, end, pos, scale, top, total, acc, BS)
-
-        own = keep & (g < G)[:, None]
-        result = out + (b * K + head).to(tl.int64) * (G * D) + g[:, None] * D + d[None, :]
+            top, total, acc = _attend(q, k, v, begin, end, scale, top, total, acc, BS)
+        acc += tl.exp2(newest - top)[:, None] * v_new.to(tl.float32)[None, :]
+        total = tl.max(total, 1)  # all eight are the same
+        ROWS_OUT: tl.constexpr = 8 if BG <= 8 else ROWS
+        if BG <= 8:
+            acc, top, total = _low(acc), _low(top), _low(total)
+        g = tl.arange(0, ROWS_OUT)
+        own = (g < G)[:, None] & (d < D)[None, :]
         if n_splits == 1:
-            tl.store(result, (acc / total[:, None]).to(out.dtype.element_ty), mask=own)
+            y = _in_order((acc * (1.0 / total)[:, None]).to(out.dtype.element_ty), ROWS_OUT, BD, S)
+            tl.store(out + (b * K + head).to(tl.int64) * (G * D) + g[:, None] * D + d[None, :], y, mask=own)
         else:
             group = (b * K + head) * SPLITS
             at = sums + (group + split) * (G * D) + g[:, None] * D + d[None, :]
-            tl.store(at, acc, mask=own)
+            tl.store(at, _in_order(acc, ROWS_OUT, BD, S), mask=own)
             at = stats + (group + split) * (G * 2) + g * 2
             tl.store(at, top, mask=g < G)
             tl.store(at + 1, total, mask=g < G)
@@ -249,6 +315,16 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
             if done == n_splits - 1:
                 _combine(out, sums, stats, group, (b * K + head).to(tl.int64), n_splits, G, D, SPLITS, BG, BD)
                 tl.store(counters + b * K + head, 0)
+
+
+@jit
+def _low(x):
+    """The first eight of sixteen rows."""
+    if len(x.shape) == 1:
+        low, _ = tl.split(tl.permute(tl.reshape(x, [2, 8]), [1, 0]))
+    else:
+        low, _ = tl.split(tl.permute(tl.reshape(x, [2, 8, x.shape[1]]), [1, 2, 0]))
+    return low
 
 
 @jit
@@ -278,5 +354,5 @@ def _combine(out, sums, stats, group, head, n_splits, G: tl.constexpr, D: tl.con
         total = total * fade + tl.sum(weight * totals, 0)
         acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
         top = highest
-    y = acc / tl.where(g < G, total, 1.0)[:, None]
+    y = acc * (1.0 / tl.where(g < G, total, 1.0))[:, None]
     tl.store(out + head * (G * D) + g[:, None] * D + d[None, :], y.to(out.dtype.element_ty), mask=own)

@@ -29,7 +29,9 @@ except ImportError:
 
 
 __all__ = [
+    "along",
     "constexpr_function",
+    "held",
     "jit",
     "launch_options",
     "on_gpu",
@@ -80,6 +82,16 @@ def wait(PDL: tl.constexpr):
 
 
 @jit
+def along(dim: tl.constexpr, size: tl.constexpr, rank: tl.constexpr):
+    """0 .. size along one of the dimensions of a tensor of `rank` dimensions."""
+    i = tl.arange(0, size)
+    for d in tl.static_range(rank):
+        if d != dim:
+            i = tl.expand_dims(i, d)
+    return i
+
+
+@jit
 def order(y, index):
     """Pack logits and their indices so that the largest integer is the largest logit at the smallest index."""
     bits = y.to(tl.int32, bitcast=True)
@@ -88,15 +100,20 @@ def order(y, index):
 
 
 @jit
+def held(out, index, N, M, BM: tl.constexpr):
+    """What out [M, N] holds for outputs `index`, fp32 [n, BM]: the residual that a product is added to."""
+    m = tl.arange(0, BM)
+    keep = (index < N)[:, None] & (m < M)[None, :]
+    return tl.load(out + m[None, :] * N + index[:, None], mask=keep, other=0.0).to(tl.float32)
+
+
+@jit
 def store(out, y, index, N, M, MODE: tl.constexpr, BM: tl.constexpr):
-    """Outputs `index` of M rows, y [n, BM], into out [M, N] as MODE says; "argmax": into `best`, out [M]."""
+    """Outputs `index` of M rows, y [n, BM], into out [M, N]; with MODE "argmax" into `best`, out [M]."""
     m = tl.arange(0, BM)
     keep = (index < N)[:, None] & (m < M)[None, :]
     if MODE == "argmax":
         best = tl.max(tl.where(keep, order(y, index[:, None]), -(1 << 63)), 0)
         tl.atomic_max(out + m, best, mask=m < M)
     else:
-        at = m[None, :] * N + index[:, None]
-        if MODE == "add":
-            y += tl.load(out + at, mask=keep, other=0.0).to(tl.float32)
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
+        tl.store(out + m[None, :] * N + index[:, None], y.to(out.dtype.element_ty), mask=keep)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels import elementwise, language, tuning
 from kernels.dequantize import dequantize, dequantize_twin
-from kernels.language import jit, launch_options, order, store, tl, triton, wait
+from kernels.language import held, jit, launch_options, order, store, tl, triton, wait
 from kernels.packed import packed_kernel
 from kernels.weight import Weight
 
@@ -162,7 +162,6 @@ def launch(
     if norm is not None and ((packed and half) or (M > 1 and (packed or half))):
         x, norm = elementwise.rms_norm(x, norm, eps), None
     plan = plan or tuning.plan(weight.format, M, N, K, mode, x)
-    BK = min(plan.BK, triton.next_power_of_2(K))
     BM = triton.next_power_of_2(M)
     options = {
         "bias": x if weight.bias is None else weight.bias,
@@ -198,9 +197,9 @@ def launch(
             **options,
         )
     elif M == 1:
-        _vector_kernel[grid](x, weight.data, BK=BK, **options)
+        _vector_kernel[grid](x, weight.data, BK=min(plan.BK, triton.next_power_of_2(K)), **options)
     else:
-        BK = max(BK, 16)  # a tensor core's least
+        BK = max(min(plan.BK, triton.next_power_of_2(K)), 16)  # a tensor core's least
         _tile_kernel[grid](x, weight.data, M=M, BM=max(BM, 16), BK=BK, num_stages=plan.depth, **options)
 
 
@@ -286,6 +285,8 @@ def _tile_kernel(x, w, bias, norm, out, N, eps, M, K: tl.constexpr, BIAS: tl.con
     acc2 = tl.zeros([BN, BM], tl.float32)
     squares = tl.zeros([BK, BM], tl.float32)
     wait(PDL)
+    if MODE == "add":
+        acc += held(out, index, N, M, BM)  # asked for as soon as it may be
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         h = tl.load(x + m[None, :] * K + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0.0)

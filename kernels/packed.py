@@ -17,17 +17,7 @@ A program computes some whole rows. Its warps share the inputs, and their sums a
 """
 
 from kernels.dequantize import widen
-from kernels.language import jit, store, tl, triton, wait
-
-
-@jit
-def _at(dim: tl.constexpr, size: tl.constexpr, rank: tl.constexpr = 5):
-    """0 .. size along one of the dimensions."""
-    i = tl.arange(0, size)
-    for d in tl.static_range(rank):
-        if d != dim:
-            i = tl.expand_dims(i, d)
-    return i
+from kernels.language import along, held, jit, store, tl, triton, wait
 
 
 @jit
@@ -46,9 +36,9 @@ def _row(t: tl.constexpr, low, high, last, N, GLU: tl.constexpr):
 def _words(w, row, step, ROW: tl.constexpr, EACH: tl.constexpr, NB: tl.constexpr, S: tl.constexpr,
            RAGGED: tl.constexpr):  # fmt: skip
     """Half-words [4, 8, S, 2, NB, 8] of 16 rows: the NB blocks of a step, of the EACH that a warp has of each row."""
-    mine = step * NB + _at(4, NB, 6)
-    at = (_at(2, S, 6) * EACH + mine) * 32 + _at(0, 4, 6) * 8
-    words = w + row * ROW + at + _at(5, 8, 6)
+    mine = step * NB + along(4, NB, 6)
+    at = (along(2, S, 6) * EACH + mine) * 32 + along(0, 4, 6) * 8
+    words = w + row * ROW + at + along(5, 8, 6)
     if RAGGED:
         return tl.load(words, mask=(mine < EACH) & (at < ROW), other=0)
     return tl.load(words)
@@ -62,19 +52,19 @@ def _vectors(x, M, step, p: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr,
     Columns are BM rows, or where there are less than eight, these for one block after another.
     """
     if BM < 8:
-        column = _at(1, 8)
+        column = along(1, 8, 5)
         m = column % BM
         mine = step * NB + column // BM
         keep = (m < M) & (column // BM < NB) & (mine < EACH)
     else:
-        m = _at(3, BM // 8) * 8 + _at(1, 8)
+        m = along(3, BM // 8, 5) * 8 + along(1, 8, 5)
         mine = step
         keep = m < M
-    block = _at(2, S) * EACH + mine
+    block = along(2, S, 5) * EACH + mine
     if FORMAT == "int4":
-        k = block * 128 + 32 * p + _at(0, 4) * 8 + _at(4, 8)
+        k = block * 128 + 32 * p + along(0, 4, 5) * 8 + along(4, 8, 5)
     else:
-        k = block * 64 + 8 * p + _at(0, 4) * 16 + _at(4, 8)
+        k = block * 64 + 8 * p + along(0, 4, 5) * 16 + along(4, 8, 5)
     return tl.load(x + m * K + k, mask=keep & (k < K), other=0.0)
 
 
@@ -89,8 +79,8 @@ def _scales(scale, t: tl.constexpr, last, N, step, g: tl.constexpr, SCALES: tl.c
         v = tl.load(scale + row[None, :] * SCALES + group[:, None], mask=(group < SCALES)[:, None], other=0.0)
         return v.to(tl.float32)[:, :, None]
     else:  # as a product's result lies: lane 4 r + t has columns 2t and 2t + 1 of rows r and r + 8
-        row = _row(t, _at(1, 8), _at(3, 2), last, N, GLU)
-        block = _at(2, S) * EACH + step * NB + (_at(0, 4) * 2 + _at(4, 2)) // BM
+        row = _row(t, along(1, 8, 5), along(3, 2, 5), last, N, GLU)
+        block = along(2, S, 5) * EACH + step * NB + (along(0, 4, 5) * 2 + along(4, 2, 5)) // BM
         group = block * (4 // PER) + g
         v = tl.load(scale + row * SCALES + group, mask=group < SCALES, other=0.0)
         return tl.reshape(tl.permute(v, [2, 3, 1, 0, 4]), [S, 16, 8]).to(tl.float32)
@@ -149,6 +139,7 @@ def packed_kernel(x, w, scale, zero, bias, norm, out, N, M, eps, K: tl.constexpr
     OFFSET: tl.constexpr = 128.0 if PTX else 0.0  # of codes of 4 bits, as `widen` gives them
     RAGGED: tl.constexpr = S * STEPS * NB != BLOCKS
     ROW: tl.constexpr = BLOCKS * 32 if FORMAT == "int4" else K // 2  # half-words
+    ENDS: tl.constexpr = (1 if FORMAT != "int4" else 0) + (1 if BIAS else 0)  # of a tile: scales, biases
     dtype: tl.constexpr = x.dtype.element_ty
 
     # What no kernel before this one writes is asked for before the wait. Loads come back in order: those of a step go
@@ -160,10 +151,22 @@ def packed_kernel(x, w, scale, zero, bias, norm, out, N, M, eps, K: tl.constexpr
     zero += base * SCALES
     words, sums = (), ()
     for t in tl.static_range(TILES):
-        row = _row(t, _at(1, 8, 6), _at(3, 2, 6), last, N, GLU)
+        row = _row(t, along(1, 8, 6), along(3, 2, 6), last, N, GLU)
         words = words + (_words(w, row, 0, ROW, EACH, NB, S, RAGGED),)
         sums = sums + (tl.zeros([S, 16, COLUMNS], tl.float32),)
+    ends = ()
+    for t in tl.static_range(TILES):
+        r = tl.arange(0, 16)
+        end_row = _row(t, r % 8, r // 8, last, N, GLU)
+        if FORMAT != "int4":
+            ends = ends + (tl.load(scale + end_row)[:, None],)
+        if BIAS:
+            ends = ends + (tl.load(bias + base + end_row).to(tl.float32)[:, None],)
     wait(PDL)
+    residuals = ()
+    if MODE == "add":
+        for t in tl.static_range(TILES):
+            residuals = residuals + (held(out, base + t * 16 + tl.arange(0, 16), N, M, BM),)
 
     squares = tl.zeros([4, 8, S, COLUMNS // 8, 8], tl.float32)
     for step in range(STEPS):
@@ -186,7 +189,7 @@ def packed_kernel(x, w, scale, zero, bias, norm, out, N, M, eps, K: tl.constexpr
         if STEPS > 1:
             ahead = ()
             for t in tl.static_range(TILES):
-                row = _row(t, _at(1, 8, 6), _at(3, 2, 6), last, N, GLU)
+                row = _row(t, along(1, 8, 6), along(3, 2, 6), last, N, GLU)
                 ahead = ahead + (_words(w, row, step + 1, ROW, EACH, NB, S, True),)
         for g in tl.static_range(Q // PER):
             if FORMAT == "int4":  # in every row the sums of the activations, which take the zeros off
@@ -219,15 +222,15 @@ def packed_kernel(x, w, scale, zero, bias, norm, out, N, M, eps, K: tl.constexpr
         if BM < 8:
             y = tl.sum(tl.reshape(y, [S, 16, 8 // BM, BM]), 2)
         y = tl.sum(y, 0) * rms  # [16, BM]
-        r = tl.arange(0, 16)
-        row = _row(t, r % 8, r // 8, last, N, GLU)
         if FORMAT != "int4":
-            y *= tl.load(scale + row)[:, None]
+            y *= ends[t * ENDS]
         if BIAS:
-            y += tl.load(bias + base + row).to(tl.float32)[:, None]
+            y += ends[t * ENDS + ENDS - 1]
         if GLU:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, 8, BM]), [1, 2, 0]))
             y = gate / (1.0 + tl.exp(-gate)) * up
             store(out, y, base + t * 8 + tl.arange(0, 8), N, M, MODE, BM)
         else:
-            store(out, y, base + t * 16 + r, N, M, MODE, BM)
+            if MODE == "add":
+                y += residuals[t]
+            store(out, y, base + t * 16 + tl.arange(0, 16), N, M, MODE, BM)

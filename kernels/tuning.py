@@ -119,18 +119,24 @@ SHORT = 1024  # slots up to which attention runs by its plan for short contexts
 
 
 def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> AttentionPlan:
-    """For a cache view of `slots`: in a short context latency counts, in a long one bandwidth."""
-    kind = "short" if slots <= SHORT else "long"
+    """For a cache view of `slots` and rows x.
+
+    In a short context latency counts, in a long one bandwidth. Where a batch has programs enough, a short context is
+    not worth cutting into splits that have to be combined.
+    """
+    kind = "long" if slots > SHORT else "wide" if len(x) * n_kv_heads >= 64 else "short"
     known = lookup(x.device, attention_key(n_kv_heads, head_dim, kind))
     if known and x.element_size() == 2:
         return AttentionPlan(*known)
-    row = head_dim * x.element_size()  # bytes of a key; blocks of keys and values have to fit into shared memory
+    row = head_dim * x.element_size()  # bytes of a key, which lie in registers
     if kind == "short" and row <= 128:
         return AttentionPlan(256, 256, 264, 8)
+    if kind == "short" and row <= 256:
+        return AttentionPlan(128, 128, 264, 4)
     BS = 64 if row <= 256 else 32
-    return AttentionPlan(BS, BS, 264, 4)
+    return AttentionPlan(BS, 256 if kind == "wide" else BS, 264, 4)
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
-    """The table's key for attention over that many key/value heads; kind is "short" or "long"."""
+    """The table's key for attention over that many key/value heads; kind is "short", "wide" or "long"."""
     return f"attention {n_kv_heads}x{head_dim} {kind}"

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -205,13 +205,13 @@ def refine(options: Options, format: str, rows: int, found: dict[str, dict], kee
     table = tuning.table(torch.cuda.get_device_name())
     chosen = {key: result["plans"] for key, result in found.items()}
     table.update({key: plans[0] for key, plans in chosen.items()})
-    best = step_time(model, rows)
+    best = step_time(model, rows)[0]
     first = best
     for key, plans in sorted(chosen.items(), key=lambda item: -found[item[0]]["us"]):
         for plan in plans[1:keep]:
             before = table[key]
             table[key] = plan
-            time = step_time(model, rows)
+            time = step_time(model, rows)[0]
             if time < best * 0.9995:
                 best = time
             else:
@@ -221,43 +221,59 @@ def refine(options: Options, format: str, rows: int, found: dict[str, dict], kee
     print(f"{what}: a step takes {best:.1f} us, before {first:.1f}", file=sys.stderr, flush=True)
 
 
-ATTENTION = [(64, 64, 264, 4), (128, 128, 264, 4), (128, 128, 264, 8), (256, 256, 264, 8), (32, 32, 264, 2)]
+ATTENTION = [
+    (32, 32, 264, 2),
+    (64, 64, 264, 4),
+    (128, 128, 264, 4),
+    (256, 256, 264, 8),
+    (64, 256, 264, 4),
+    (128, 256, 264, 8),
+    (32, 32, 528, 2),
+]
+CONTEXTS = {"short": (40, 160, 280), "wide": (40, 160, 280), "long": (2000, 8000, 30000)}  # tokens to judge a plan by
 
 
-def tune_attention(options: Options) -> dict[str, list[int]]:
-    """The best plan for a short context, by the time of a whole step with int8 weights, where it weighs more."""
+def tune_attention(options: Options, rows: int) -> dict[str, list[int]]:
+    """The best plans by the time of a whole step with int8 weights, where attention weighs more."""
     source = checkpoint.open_checkpoint(options.checkpoint)
     model = checkpoint.load_model(source, device="cuda", dtype=torch.bfloat16, quantize="int8")
+    config = source.config
     table = tuning.table(torch.cuda.get_device_name())
-    key = tuning.attention_key(source.config.n_kv_heads, source.config.head_dim, "short")
-    times = {}
-    for plan in ATTENTION:
-        table[key] = plan
-        times[plan] = step_time(model, 1)
-    table[key] = min(times, key=times.get)
-    print(f"{options.checkpoint} {key}: {times}", file=sys.stderr, flush=True)
-    return {key: list(table[key])}
+    found = {}
+    kinds = ["short", "long"] if rows == 1 else ["wide"] if rows * config.n_kv_heads >= 64 else []
+    for kind in kinds:
+        key = tuning.attention_key(config.n_kv_heads, config.head_dim, kind)
+        contexts = [length for length in CONTEXTS[kind] if length + 40 < config.max_seq_len]
+        times = {}
+        for plan in ATTENTION:
+            table[key] = plan
+            times[plan] = statistics.mean(step_time(model, rows, contexts))
+        table[key] = found[key] = list(min(times, key=times.get))
+        print(f"{options.checkpoint} {key}: {times}", file=sys.stderr, flush=True)
+    return found
 
 
-def step_time(model: Transformer, rows: int) -> float:
-    """Median microseconds of a greedy decode step over some 160 tokens of context."""
+def step_time(model: Transformer, rows: int, contexts: Sequence[int] = (160,)) -> list[float]:
+    """Median microseconds of a greedy decode step over some tokens of context, for each number of them."""
     tuning.forget()
-    generator = Generator(model, max_seq_len=256, batch_size=rows, compile=True)
+    generator = Generator(model, max_seq_len=max(contexts) + 64, batch_size=rows, compile=True)
     sampling = generator._sampling([Request(prompt=[0]) for _ in range(rows)])
-    times = []
+    bursts = 16 // generator.burst
+
+    def microseconds(length: int) -> float:
+        generator.input_pos.fill_(length)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(2):  # the first captures
+            generator.decode(length, sampling, generator.burst)
+        start.record()
+        for _ in range(bursts):
+            generator.decode(length, sampling, generator.burst)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1e3 / (bursts * generator.burst)
+
     with torch.no_grad():
-        for _ in range(7):
-            generator.input_pos.fill_(160)
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            for _ in range(2):  # the first captures
-                generator.decode(160, sampling)
-            start.record()
-            for _ in range(16):
-                generator.decode(160, sampling)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / 16)
-    return statistics.median(times[1:])
+        return [statistics.median([microseconds(length) for _ in range(7)][1:]) for length in contexts]
 
 
 def main(arguments: list[str]) -> None:
@@ -270,7 +286,7 @@ def main(arguments: list[str]) -> None:
     found: dict[str, dict] = {}
     for format, rows in itertools.product(options.formats.split(","), map(int, options.rows.split(","))):
         if format == "attention":
-            plans = tune_attention(options)
+            plans = tune_attention(options, rows)
             found |= plans
             if not options.dry_run:
                 save(plans)

@@ -165,6 +165,7 @@ def test_the_probe_reads_every_word(n: int) -> None:
 ATTENTION = {
     "one head a key head": Heads(n_heads=2, n_kv_heads=2, head_dim=16),
     "grouped, odd": Heads(n_heads=9, n_kv_heads=3, head_dim=8),
+    "more than eight a key head": Heads(n_heads=12, n_kv_heads=1, head_dim=16),
     "no rope, one key head": Heads(n_heads=4, n_kv_heads=1, head_dim=64, use_rope=False),
     "window": Heads(n_heads=4, n_kv_heads=2, head_dim=32, window=70),
     "head dim 80": Heads(n_heads=2, n_kv_heads=1, head_dim=80),
@@ -181,7 +182,7 @@ def attention_inputs(heads: Heads, positions: list[int], slots: int, dtype: torc
 
 PLANS = {  # how the slots are cut
     "one block a split": AttentionPlan(64, 64, 64, 4),
-    "blocks in a row": AttentionPlan(32, 64, 8, 4),
+    "blocks in a row": AttentionPlan(32, 64, 8, 2),
     "one split": AttentionPlan(128, 128, 1, 4),
 }
 
