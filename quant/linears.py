@@ -25,6 +25,7 @@ from model import Linear, Transformer
 GROUPS = (128, 64, 32)  # how many neighbours may share a scale in the 4-bit layout
 PIECE = 2**22  # weights rounded at a time: what bounds the memory for it
 SLICE = 2**20  # weights of a matrix dequantized at a time to multiply by on the CPU: what its caches hold
+SHARES = tuple(1 - i / 40 for i in range(20))  # of a group's span: what a search for the best one tries
 
 # ---- The packed layouts ---------------------------------------------------------------------------------------------
 
@@ -143,26 +144,61 @@ def round_fp8(weight: Tensor) -> Codes:
     return Codes(values.to(torch.float8_e4m3fn).view(torch.uint8), scale)
 
 
-def round_int4(weight: Tensor, *, group: int, symmetric: bool, dtype: torch.dtype) -> Codes:
+def round_int4(
+    weight: Tensor, *, group: int, symmetric: bool, dtype: torch.dtype, bits: int = 4, clip: bool = False
+) -> Codes:
     """weight [N, K] = scale * (code - zero) for each `group` neighbours along K; scale and zero are in `dtype`.
 
-    Symmetric: zero is 8 and scale = absmax / 7. Asymmetric: the 16 codes span the group's values and 0, and zero is
-    an integer, so that a weight of 0 stays 0. Off by half a scale at most, and by what rounding the scale to `dtype`
-    takes from the ends of the span. NaN or infinity as in `round_int8`.
+    4 bits: as `grid` says, off by half a scale at most where nothing is clipped, and by what rounding the scale to
+    `dtype` takes from the ends of the span. 3 bits lie in the layout of 4. NaN or infinity as in `round_int8`.
     """
-    N, K = weight.shape
-    groups = weight.float().view(N, K // group, group)
+    scale, zero = grid(weight, group=group, symmetric=symmetric, dtype=dtype, bits=bits, clip=clip)
+    return Codes(_round(weight.float().unflatten(1, (-1, group)), scale, zero, bits).flatten(1), scale, zero)
+
+
+def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
+    """The lowest and the highest code that `bits` have in the 4-bit layout, whose symmetric codes lie around 8."""
+    return (8 - 2 ** (bits - 1), 7 + 2 ** (bits - 1)) if symmetric else (0, 2**bits - 1)
+
+
+def grid(
+    weight: Tensor, *, group: int, symmetric: bool, dtype: torch.dtype, bits: int = 4, clip: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scales [N, K/group] of weight [N, K], and zeros where not symmetric, both in `dtype`.
+
+    Symmetric: zero is 8 and scale = absmax / 7, or / 3 with 3 bits. Asymmetric: the 16 or 8 codes span the group's
+    values and 0, and zero is an integer, so that a weight of 0 stays 0. With `clip`, the span is the one of SHARES that
+    leaves the smallest squared error.
+    """
+    groups = weight.float().unflatten(1, (-1, group))  # [N, G, group]
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if not clip:
+        return _span(low, high, symmetric, dtype, bits)
+    least = torch.full_like(low, float("inf"))
+    best = _span(low, high, symmetric, dtype, bits)  # where no error is finite
+    for share in SHARES:
+        scale, zero = _span(share * low, share * high, symmetric, dtype, bits)
+        steps = _round(groups, scale, zero, bits).float() - (8.0 if zero is None else zero.float()[..., None])
+        error = (steps * scale.float()[..., None] - groups).square().sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = tuple(None if a is None else torch.where(better, a, b) for a, b in zip((scale, zero), best, strict=True))
+    return best
+
+
+def _span(low: Tensor, high: Tensor, symmetric: bool, dtype: torch.dtype, bits: int) -> tuple[Tensor, Tensor | None]:
+    """The scale and the zero whose codes reach from low to high."""
     if symmetric:
-        scale = (groups.abs().amax(-1) / 7).to(dtype)
-        zero = None
-        middle = 8.0
-    else:
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = ((high - low) / 15).to(dtype)
-        zero = _divide(-low, scale.float()).round().clamp(0, 15).to(dtype)
-        middle = zero.float()[..., None]
+        return (torch.maximum(-low, high) / (2 ** (bits - 1) - 1)).to(dtype), None
+    scale = ((high - low) / (2**bits - 1)).to(dtype)
+    return scale, _divide(-low, scale.float()).round().clamp(0, 2**bits - 1).to(dtype)
+
+
+def _round(groups: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """The codes nearest to groups [N, G, group], uint8."""
     steps = _divide(groups, scale.float()[..., None]).round()
-    return Codes((steps + middle).clamp(0, 15).to(torch.uint8).view(N, K), scale, zero)
+    middle = 8.0 if zero is None else zero.float()[..., None]
+    return (steps + middle).clamp(*code_range(bits, symmetric=zero is None)).to(torch.uint8)
 
 
 def _written(x: Tensor) -> Tensor:
@@ -228,6 +264,11 @@ class QuantizedLinear(nn.Module):
         codes = self._codes(rows).unflatten(1, (-1, self.group or self.in_features))
         scale, zero = (None if t is None else t[rows].reshape(len(codes), -1, 1) for t in (self.scale, self.zero))
         return self.decode(codes, scale, zero).to(dtype).flatten(1)
+
+    @property
+    def storage(self) -> "Storage":
+        """How recipes call it."""
+        return Storage(self.format)
 
     @property
     def packed(self) -> Weight:
@@ -411,7 +452,10 @@ class Fp8Linear(_ByteLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """Integers of 4 bits; `group` neighbours along K share a scale and, where not `symmetric`, a zero."""
+    """Integers of 4 bits; `group` neighbours along K share a scale and, where not `symmetric`, a zero.
+
+    With 3 `bits` they take 8 values only, and as much memory. `clip` is for rounding to nearest, as in `grid`.
+    """
 
     format = "int4"
     layout = NIBBLES
@@ -426,6 +470,8 @@ class Int4Linear(QuantizedLinear):
         dtype: torch.dtype,
         group: int = 128,
         symmetric: bool = True,
+        bits: int = 4,
+        clip: bool = False,
     ) -> None:
         if group not in GROUPS:
             raise ValueError(f"a group has {', '.join(map(str, GROUPS))} weights; got {group}")
@@ -434,14 +480,24 @@ class Int4Linear(QuantizedLinear):
                 f"a row has {in_features} weights, which groups of {group} do not divide; use smaller ones"
             )
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
-        self.group = group
+        self.group, self.bits, self.clip = group, bits, clip
         self.register_buffer("scale", torch.empty(out_features, in_features // group, dtype=dtype))
         self.register_buffer("steps", None, persistent=False)  # [G, N, 2], beside `native`: scale, what code 8 means
         if not symmetric:
             self.zero = torch.empty(out_features, in_features // group, dtype=dtype)
 
     def quantize(self, weight: Tensor) -> Codes:
-        return round_int4(weight, group=self.group, symmetric=self.zero is None, dtype=self.scale.dtype)
+        return round_int4(weight, **self.rounding)
+
+    @property
+    def rounding(self) -> dict:
+        """What `grid` and `round_int4` need to know."""
+        symmetric, dtype = self.zero is None, self.scale.dtype
+        return {"group": self.group, "symmetric": symmetric, "dtype": dtype, "bits": self.bits, "clip": self.clip}
+
+    @property
+    def storage(self) -> "Storage":
+        return Storage(f"int{self.bits}", self.group)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         return codes.float().sub_(8.0 if zero is None else zero.float()).mul_(scale.float())
@@ -498,31 +554,36 @@ class Int4Linear(QuantizedLinear):
 # ---- Which linears --------------------------------------------------------------------------------------------------
 
 
+FORMATS = ("int8", "int4", "int3", "fp8", "float")  # "float": in the model's dtype
+GROUPED = ("int4", "int3")  # the latter in the layout of the former
+
+
 class Storage(NamedTuple):
     """How one linear is stored."""
 
-    format: str  # "int8" | "int4" | "fp8", or "float": in the model's dtype
-    group: int = 0  # 4 bits only
+    format: str  # one of FORMATS
+    group: int = 0  # of GROUPED formats
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a model's linears are stored. Embedding, norms and biases stay in the model's dtype."""
 
-    format: str  # "int8" | "int4" | "fp8": the linears of every layer
+    format: str  # one of FORMATS: the linears of every layer
     head: str  # the head, which decides the next token and gains little from 4 bits
     method: str = "rtn"  # what chose the codes; the layout does not depend on it
-    group_size: int = 128  # 4 bits: how many neighbours share a scale, at most
-    symmetric: bool = True  # 4 bits: without zeros of their own
-    exceptions: Mapping[str, Storage] = field(default_factory=dict)  # by linear; what a checkpoint found to be so
+    group_size: int = 128  # 3 and 4 bits: how many neighbours share a scale, at most
+    symmetric: bool = True  # 3 and 4 bits: without zeros of their own
+    clip: bool = False  # 3 and 4 bits: spans were searched for, as in `grid`; the layout does not depend on it
+    exceptions: Mapping[str, Storage] = field(default_factory=dict)  # by linear: how it is stored, whatever the rest is
 
     def __str__(self) -> str:
         """In a word, as figures and messages name it: "int8", "int4", "int4-g64-asymmetric", "gptq-int4"."""
         words = [self.format] if self.method == "rtn" else [self.method, self.format]
-        if self.format == "int4":
+        if self.format in GROUPED:
             words += [f"g{self.group_size}"] if self.group_size != 128 else []
             words += [] if self.symmetric else ["asymmetric"]
-        return "-".join(words)
+        return "-".join([*words, *["clip"][: self.clip]])
 
     def storage(self, name: str, K: int) -> Storage:
         """How the linear called `name` is stored, whose rows have K weights; ValueError where they cannot be packed.
@@ -535,11 +596,7 @@ class Recipe:
             raise ValueError(
                 f"{name} has rows of {K} weights, and only multiples of 16 can be quantized; load the model without"
             )
-        format = self.head if name == "head" else self.format
-        if format != "int4":
-            return Storage(format)
-        group = next((size for size in GROUPS if size <= self.group_size and K % size == 0), None)
-        return Storage("int8") if group is None else Storage("int4", group)
+        return fit(Storage(self.head if name == "head" else self.format, self.group_size), K)
 
     def linear(self, name: str, linear: Linear, dtype: torch.dtype) -> QuantizedLinear | Linear:
         """What takes the place of the model's `linear` called `name`; ValueError where it cannot be packed."""
@@ -547,9 +604,18 @@ class Recipe:
         format, group = self.storage(name, K)
         if format == "float":
             return linear
-        if format == "int4":
-            return Int4Linear(K, N, bias=bias, dtype=dtype, group=group, symmetric=self.symmetric)
+        if format in GROUPED:
+            options = {"symmetric": self.symmetric, "bits": int(format[-1]), "clip": self.clip}
+            return Int4Linear(K, N, bias=bias, dtype=dtype, group=group, **options)
         return (Fp8Linear if format == "fp8" else Int8Linear)(K, N, bias=bias, dtype=dtype)
+
+
+def fit(storage: Storage, K: int) -> Storage:
+    """`storage` for rows of K weights, a multiple of 16: in groups that divide them, and 8 bits where none does."""
+    if storage.format not in GROUPED:
+        return Storage(storage.format)
+    group = next((size for size in GROUPS if size <= storage.group and K % size == 0), None)
+    return Storage("int8") if group is None else Storage(storage.format, group)
 
 
 RECIPES = {

@@ -17,6 +17,7 @@ from quant.linears import (
     BYTES,
     NIBBLES,
     RECIPES,
+    Codes,
     Fp8Linear,
     Int4Linear,
     Int8Linear,
@@ -176,6 +177,30 @@ def test_asymmetric_takes_the_whole_range_of_a_group_on_one_side() -> None:
     assert (rounded.zero == 0).all()
     assert (round_int4(-weight, group=32, symmetric=False, dtype=torch.float32).zero == 15).all()
     assert rounded.codes.amax() == 15
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_clipped_span_leaves_no_group_a_larger_error(bits: int, symmetric: bool) -> None:
+    weight = torch.randn(40, 128)
+    weight[0], weight[1, 32:64] = 0, 0
+    weight[2, 5], weight[3, 70] = torch.nan, torch.inf
+    options = {"group": 32, "symmetric": symmetric, "dtype": torch.bfloat16, "bits": bits}
+
+    def error(codes: Codes) -> torch.Tensor:
+        zero = 8 if codes.zero is None else codes.zero.float()[..., None]
+        steps = codes.codes.unflatten(1, (-1, 32)).float() - zero
+        return (steps * codes.scale.float()[..., None] - weight.unflatten(1, (-1, 32))).square().sum(-1)
+
+    plain, clipped = round_int4(weight, **options), round_int4(weight, **options, clip=True)
+    finite = weight.unflatten(1, (-1, 32)).isfinite().all(-1)
+    assert (error(clipped) <= error(plain))[finite].all()
+    assert error(clipped)[finite].sum() < 0.98 * error(plain)[finite].sum()
+    assert torch.equal(clipped.scale.isfinite(), finite) and torch.equal(plain.scale.isfinite(), finite)
+    assert not error(clipped)[0].any() and error(clipped)[1, 1] == 0
+    low, high = (8 - 2 ** (bits - 1), 7 + 2 ** (bits - 1)) if symmetric else (0, 2**bits - 1)
+    for codes in (plain.codes, clipped.codes):
+        assert low <= codes[4:].min() and codes.max() == high
 
 
 # ---- The linears ----------------------------------------------------------------------------------------------------
