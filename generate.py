@@ -82,12 +82,12 @@ class Generator:
         )
         self.cached: list[int] = []  # tokens whose keys and values the first row holds
         self.compiled = compile
-        if self.device.type == "cpu":
-            settle_model(model)  # not in the first answer, which may be interrupted
         self.burst = self.burst if compile and self.device.type == "cuda" else 1
         # The latest steps' tokens of each row, the newest last, and where that goes.
         self.tokens = torch.zeros(self.burst, batch_size, 1, dtype=torch.int64, device=self.device)
         self.input_pos = torch.zeros_like(self.tokens[0])
+        if self.device.type == "cpu":
+            settle_model(model)  # not in the first answer, which may be interrupted
         self.decoder = compile_model(model, self.cache) if compile else model
         self.fused = self.decoder is not model  # kernels, which also end a greedy step and choose the buckets
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}

@@ -282,6 +282,14 @@ def test_a_product_on_the_cpu_is_one_with_the_dequantized_matrix(
     operator = dtype == torch.bfloat16 and N % 16 == 0 and linears.cpu_nibbles() is not None
     assert (linear.native is not None) == (linear.format != "int4" or operator)
     assert torch.equal(linear.dequantize(torch.float32), matrix)
+    assert torch.equal(linear.dequantize(torch.float32, slice(N - 11, N - 2)), matrix[N - 11 : N - 2])
+
+
+def test_a_product_before_its_scale_does_not_leave_fp16s_range() -> None:
+    linear = made("int8", torch.full((16, 192), 0.01, dtype=torch.float16))
+    assert torch.allclose(
+        linear(torch.full((40, 192), 100.0, dtype=torch.float16)).float(), torch.tensor(192.0), rtol=0.01
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -138,6 +138,10 @@ def test_a_gguf_of_4_bits_is_quantized_anew_from_what_it_stands_for(run, tmp_pat
     run("--checkpoint", file, "--bits", "8", "--output", "out")
     assert open_checkpoint(str(file)).quantized == "gguf-int4-g32-asymmetric"
     assert same(load("out"), load(file, quantize="int8"))
+    (tmp_path / "text").write_text("ab a ab ab a a " * 9)
+    calibration = ("--method", "gptq", "--calibration", "text", "--samples", 2, "--seq-len", 8)
+    run("--checkpoint", file, "--bits", "8", *calibration, "--output", "by-gptq")
+    assert open_checkpoint("by-gptq").quantized == "gptq-int8"
 
 
 @pytest.mark.parametrize("name", FORMATS)
