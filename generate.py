@@ -64,7 +64,7 @@ class Generator:
 
     prefill_tokens = 8192  # in one forward, over all rows: bounds the activations' memory
     burst = 4  # decode steps in one CUDA graph: between two graphs a GPU waits some microseconds
-    lookahead = 1  # bursts enqueued on CUDA before the oldest one's tokens are looked at
+    lookahead = 1  # bursts enqueued on CUDA beyond the one whose tokens are waited for: up to 7 steps are in vain
 
     def __init__(self, model: Transformer, *, max_seq_len: int, batch_size: int = 1, compile: bool = False) -> None:
         config, weight = model.config, model.norm.weight

@@ -162,18 +162,18 @@ def sample(logits: Tensor, batch: SamplingBatch, position: Tensor) -> Tensor:
     if batch.greedy:
         return logits.argmax(-1)
     gumbel = -torch.log(-torch.log(uniform(batch.seed, position[:, None], logits.shape[-1])))
-    return argmax(torch.where(batch.temperature == 0.0, logits, logits + gumbel))
+    return argmax_in_chunks(torch.where(batch.temperature == 0.0, logits, logits + gumbel))
 
 
-def argmax(x: Tensor) -> Tensor:
+CHUNK = 1024
+
+
+def argmax_in_chunks(x: Tensor) -> Tensor:
     """Where each row of x [B, V] is largest, [B]. In two levels: compiled, one over a row would run on one core."""
     chunks = F.pad(x, (0, -x.shape[-1] % CHUNK), value=-math.inf).unflatten(-1, (-1, CHUNK))  # [B, V / CHUNK, CHUNK]
     best, column = chunks.max(-1)  # 2 x [B, V / CHUNK]
     chunk = best.argmax(-1, keepdim=True)  # [B, 1]
     return (chunk * CHUNK + column.gather(-1, chunk))[:, 0]
-
-
-CHUNK = 1024
 
 
 def uniform(seed: Tensor, position: Tensor, n: int) -> Tensor:

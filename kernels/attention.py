@@ -4,8 +4,8 @@ A program takes one key/value head of one row and one split of the live cache. T
 packed into one tile, so keys and values are read once. How far the cache is live stands in `input_pos` on the
 device: splits are cut there, so one captured graph serves every length and the cost follows what is live. The program
 that finishes last for a head combines the splits (flash decoding, Dao et al. 2023) and leaves its counter at zero.
-The newest key and value never go through memory: the last split begins its softmax with them from registers, and
-writes them to the cache.
+The newest key and value never go through memory: the last split begins its softmax with the key's score, adds the
+value at its end, and writes both to the cache.
 """
 
 from typing import NamedTuple
@@ -158,7 +158,7 @@ def _head_rows(x, weight, cos, sin, eps, d, D: tl.constexpr, NORM: tl.constexpr,
 # Keys and values are loaded as a tensor core's operand wants them, so that they pass from memory into a product without
 # a move between threads. A right side of 16 x 8 has lane 4 r + t hold, of column r, the rows 2t, 2t + 1, 2t + 8 and
 # 2t + 9. A sum does not mind its order: a key's eight neighbours in one load may be these rows twice, if the queries
-# agree. Tensors are shaped [t 4, r 8, warp, ..., 16 bytes], which Triton spreads over lanes, warps and registers.
+# agree. Tensors are shaped [t 4, r 8, warp, ..., up to 16 bytes], which Triton spreads over lanes, warps and registers.
 
 
 @jit
@@ -237,7 +237,13 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
                       SHORTEST: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, S: tl.constexpr,
                       LOOP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # Position and older keys and values were there before this step began: they need no wait.
+    """One split of a row's slots for the query heads of one key head, and by the last program their combination.
+
+    S is the number of warps, BS how many slots are taken at a time, in a LOOP where a split has more; BG and BD are G
+    and D rounded up. A split has SHORTEST slots at least.
+    """
+    # Position and older keys and values were there before this step began: they need no wait. The embedding is what
+    # keeps it so, being launched only after all of the step before.
     pos = tl.load(input_pos + b).to(tl.int32)
     first = 0
     if WINDOW:

@@ -290,8 +290,9 @@ def _tile_kernel(x, w, bias, norm, out, N, eps, M, K: tl.constexpr, BIAS: tl.con
     acc2 = tl.zeros([BN, BM], tl.float32)
     squares = tl.zeros([BK, BM], tl.float32)
     wait(PDL)
+    residual = 0.0
     if MODE == "add":
-        acc += held(out, index, N, M, BM)  # asked for as soon as it may be
+        residual = held(out, index, N, M, BM)  # asked for as soon as it may be
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         h = tl.load(x + m[None, :] * K + k[:, None], mask=(k < K)[:, None] & (m < M)[None, :], other=0.0)
@@ -312,7 +313,7 @@ def _tile_kernel(x, w, bias, norm, out, N, eps, M, K: tl.constexpr, BIAS: tl.con
         if BIAS:
             acc2 += tl.load(bias + row + N).to(tl.float32)[:, None]
         acc = acc / (1.0 + tl.exp(-acc)) * acc2
-    store(out, acc, index, N, M, MODE, BM)
+    store(out, acc + residual, index, N, M, MODE, BM)
 
 
 @jit

@@ -114,12 +114,8 @@ SHORT = 1024  # slots up to which attention runs by its plan for short contexts
 
 
 def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> AttentionPlan:
-    """For a cache view of `slots` and rows x.
-
-    In a short context latency counts, in a long one bandwidth. Where a batch has programs enough, a short context is
-    not worth cutting into splits that have to be combined.
-    """
-    kind = "long" if slots > SHORT else "wide" if len(x) * n_kv_heads >= 64 else "short"
+    """For a cache view of `slots` and rows x."""
+    kind = attention_kind(n_kv_heads, slots, len(x))
     known = lookup(x.device, attention_key(n_kv_heads, head_dim, kind))
     if known and x.element_size() == 2:
         return AttentionPlan(*known)
@@ -130,6 +126,15 @@ def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> Att
         return AttentionPlan(128, 128, 264, 4)
     BS = 64 if row <= 256 else 32
     return AttentionPlan(BS, 256 if kind == "wide" else BS, 264, 4)
+
+
+def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
+    """In a "short" context latency counts, in a "long" one bandwidth. In a short and "wide" one there are programs
+    enough, and it is not worth cutting into splits that have to be combined.
+    """
+    if slots > SHORT:
+        return "long"
+    return "wide" if rows * n_kv_heads >= 64 else "short"
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:

@@ -230,24 +230,26 @@ ATTENTION = [
     (128, 256, 264, 8),
     (32, 32, 528, 2),
 ]
-CONTEXTS = {"short": (40, 160, 280), "wide": (40, 160, 280), "long": (2000, 8000, 30000)}  # tokens to judge a plan by
+CONTEXTS = (40, 160, 280, 2000, 8000, 30000)  # tokens to judge the plans by
 
 
 def tune_attention(options: Options, rows: int) -> dict[str, list[int]]:
     """The best plans by the time of a whole step with int8 weights, where attention weighs more."""
     source = checkpoint.open_checkpoint(options.checkpoint)
-    model = checkpoint.load_model(source, device="cuda", dtype=torch.bfloat16, quantize="int8")
     config = source.config
+    contexts: dict[str, list[int]] = {}  # by the kind of plan that they take
+    for length in CONTEXTS:
+        if length + 64 <= config.max_seq_len:
+            contexts.setdefault(tuning.attention_kind(config.n_kv_heads, length, rows), []).append(length)
+    model = checkpoint.load_model(source, device="cuda", dtype=torch.bfloat16, quantize="int8")
     table = tuning.table(torch.cuda.get_device_name())
     found = {}
-    kinds = ["short", "long"] if rows == 1 else ["wide"] if rows * config.n_kv_heads >= 64 else []
-    for kind in kinds:
+    for kind, lengths in contexts.items():
         key = tuning.attention_key(config.n_kv_heads, config.head_dim, kind)
-        contexts = [length for length in CONTEXTS[kind] if length + 40 < config.max_seq_len]
         times = {}
         for plan in ATTENTION:
             table[key] = plan
-            times[plan] = statistics.mean(step_time(model, rows, contexts))
+            times[plan] = statistics.mean(step_time(model, rows, lengths))
         table[key] = found[key] = list(min(times, key=times.get))
         print(f"{options.checkpoint} {key}: {times}", file=sys.stderr, flush=True)
     return found

@@ -58,7 +58,7 @@ def same(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
 def test_linear(format: str, M: int, mode: str) -> None:
     N, K = 70, 192 if "128" not in format else 384
     weight = random_weight(format, N, K, bias=mode != "add")
-    norm = 1 + 0.1 * random(K) if mode != "add" else None
+    norm = 1 + 0.1 * random(K)
     x = random(M, K)
     residual = random(M, N) if mode == "add" else None
     options = {"norm": norm, "eps": 1e-5, "glu": mode == "glu"}
@@ -168,6 +168,7 @@ ATTENTION = {
     "more than eight a key head": Heads(n_heads=12, n_kv_heads=1, head_dim=16),
     "no rope, one key head": Heads(n_heads=4, n_kv_heads=1, head_dim=64, use_rope=False),
     "window": Heads(n_heads=4, n_kv_heads=2, head_dim=32, window=70),
+    "head dim 128": Heads(n_heads=2, n_kv_heads=1, head_dim=128),
     "head dim 80": Heads(n_heads=2, n_kv_heads=1, head_dim=80),
 }
 
@@ -184,6 +185,8 @@ PLANS = {  # how the slots are cut
     "one block a split": AttentionPlan(64, 64, 64, 4),
     "blocks in a row": AttentionPlan(32, 64, 8, 2),
     "one split": AttentionPlan(128, 128, 1, 4),
+    "eight warps": AttentionPlan(256, 256, 264, 8),
+    "one warp": AttentionPlan(32, 256, 264, 1),
 }
 
 

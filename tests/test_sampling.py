@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from sampling import SamplingBatch, SamplingParams, min_p, penalize, probs, sample, top_k_top_p, uniform, warp
+from sampling import (
+    SamplingBatch,
+    SamplingParams,
+    argmax_in_chunks,
+    min_p,
+    penalize,
+    probs,
+    sample,
+    top_k_top_p,
+    uniform,
+    warp,
+)
 
 V = 29
 
@@ -364,3 +375,11 @@ def test_compiled_draws_equal_eager_ones():
     for i, x in enumerate(logits):
         position = torch.tensor([i, 100 + i, 2 * i])
         assert torch.equal(compiled(x, batch, position), sample(x, batch, position))
+
+
+@pytest.mark.parametrize("V", [5, 1024, 1025, 5000])
+def test_the_argmax_in_chunks_is_the_first_of_the_largest(V: int) -> None:
+    x = torch.randn(3, V)
+    x[1, 3:] = x[1].max() + 1  # a tie, over chunks as well
+    x[2, : V - 1] = -torch.inf
+    assert argmax_in_chunks(x).tolist() == [x[0].argmax().item(), 3, V - 1]
