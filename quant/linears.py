@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.codes import encode, numbers
 from kernels.weight import Weight
 from model import Linear, Transformer
 
@@ -87,10 +88,8 @@ def round_int8(weight: Tensor) -> Codes:
 
     NaN or infinity in a row becomes a scale that is not finite.
     """
-    weight = weight.float()
-    scale = weight.abs().amax(-1) / 127
-    steps = _divide(weight, scale[:, None]).round().clamp(-127, 127)
-    return Codes((steps + 128).to(torch.uint8), scale)
+    codes, scale = encode(weight, torch.int8)
+    return Codes(codes.view(torch.uint8) ^ 128, scale)
 
 
 def round_fp8(weight: Tensor) -> Codes:
@@ -98,10 +97,8 @@ def round_fp8(weight: Tensor) -> Codes:
 
     Weights under 2^-6 of a scale are off by 2^-10 of it at most. NaN or infinity as in `round_int8`.
     """
-    weight = weight.float()
-    scale = weight.abs().amax(-1) / 448
-    values = _divide(weight, scale[:, None]).clamp(-448, 448)  # past it, some versions of torch give NaN
-    return Codes(values.to(torch.float8_e4m3fn).view(torch.uint8), scale)
+    codes, scale = encode(weight, torch.float8_e4m3fn)
+    return Codes(codes.view(torch.uint8), scale)
 
 
 def round_int4(weight: Tensor, *, group: int, symmetric: bool, dtype: torch.dtype) -> Codes:
@@ -252,11 +249,7 @@ class Fp8Linear(_ByteLinear):
         return round_fp8(weight)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        # Sign, exponent and mantissa moved to where fp32 has them, subnormals included; the exponents' biases differ
-        # by 120. Unlike a cast of torch's, this compiles to vector instructions.
-        codes = codes.to(torch.int32)
-        bits = (codes & 128) << 24 | (codes & 127) << 20
-        return bits.view(torch.float32) * 2.0**120 * scale
+        return numbers(codes.view(torch.float8_e4m3fn)) * scale
 
 
 class Int4Linear(QuantizedLinear):

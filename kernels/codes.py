@@ -1,0 +1,37 @@
+"""Vectors in 8 bits: codes and a scale each, x = scale * code. It is what a quantized key/value cache holds.
+
+The plain version; what the kernels do in its place is `language.encode`. Triton is not needed for it.
+"""
+
+import torch
+from torch import Tensor
+
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+
+
+def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [..., D] in `dtype` and scales [...], fp32, of x [..., D]: scale = absmax / the type's largest number.
+
+    A vector of zeros has the scale 0. NaN or infinity becomes a scale that is not finite.
+    """
+    x, largest = x.float(), LARGEST[dtype]
+    scale = x.abs().amax(-1) / largest
+    steps = x / torch.where(scale == 0, 1.0, scale)[..., None]
+    if not dtype.is_floating_point:
+        steps = steps.round()
+    return steps.clamp(-largest, largest).to(dtype), scale  # past it, some versions of torch make NaN of fp8
+
+
+def numbers(codes: Tensor) -> Tensor:
+    """Codes as the fp32 numbers that they are."""
+    if codes.dtype != torch.float8_e4m3fn:
+        return codes.float()
+    # Sign, exponent and mantissa moved to where fp32 has them, subnormals included; the exponents' biases differ by
+    # 120. Unlike a cast of torch's, this compiles to vector instructions on a CPU.
+    bits = codes.view(torch.uint8).to(torch.int32)
+    return ((bits & 128) << 24 | (bits & 127) << 20).view(torch.float32) * 2.0**120
+
+
+def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The vectors [..., D] that codes [..., D] and scales [...] stand for."""
+    return (codes.float() * scale[..., None]).to(dtype)
