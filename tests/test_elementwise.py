@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import StaticCache
+from cache import KV_DTYPES, StaticCache
 from kernels import elementwise
 from model import RMSNorm, apply_rope
 
@@ -228,6 +228,40 @@ def test_cos_and_sin_may_be_rows_of_something_wider(function):
 
 def test_the_cache_may_have_another_type():
     check(Case(dtype=torch.float32, cache_dtype=torch.float16))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(("D", "dtype"), [(8, torch.float32), (80, torch.bfloat16)])
+@pytest.mark.usefixtures("rounded_fp8")
+def test_a_cache_of_codes_gets_codes_and_scales(D, dtype, kv_dtype):
+    case, caches, queries = Case(D=D, dtype=dtype), [], []
+    case.qkv.view(6, 10, D)[0, 6:] = 0.0  # a key and a value of zeros
+    for function in (elementwise.rope_write_kernel, elementwise.rope_write_twin):
+        cache = StaticCache.allocate(
+            n_layers=2, batch=3, max_seq_len=13, n_kv_heads=2, head_dim=D, dtype=dtype, device=DEVICE,
+            kv_dtype=kv_dtype,
+        )  # fmt: skip
+        view = cache.narrow(case.slots, rows=2).layers[1]
+        q = function(
+            case.qkv, case.cos, case.sin, n_heads=6, n_kv_heads=2, head_dim=D, q_norm=case.norms[0],
+            k_norm=case.norms[1], eps=EPS, use_rope=True, k_cache=view.k, v_cache=view.v, input_pos=case.input_pos,
+            k_scale=view.k_scale, v_scale=view.v_scale,
+        )  # fmt: skip
+        caches.append(cache)
+        queries.append(q)
+    agree(*queries, roundings=4)
+    (first, ours), (_, twins) = (cache.layers for cache in caches)
+    assert not any(x.float().any() for x in first.tensors)
+    assert [x.count_nonzero().item() for x in (twins.k_scale, twins.v_scale)] == [10, 10]
+    for a, b in zip(ours.tensors, twins.tensors, strict=True):
+        assert torch.equal(a == 0, b == 0) or a.dtype != torch.float32  # scales stand where the twin's do
+        step = 1e-5 if a.dtype == torch.float32 else 1 if a.dtype == torch.int8 else 32
+        assert ((a.float() - b.float()).abs() <= step).all()
+    k, v = ours._read()
+    k_twin, v_twin = twins._read()
+    torch.testing.assert_close(v, v_twin)
+    # A key that was rounded another way may have the next code.
+    assert (k - k_twin).float().norm() < 0.02 * k_twin.float().norm()
 
 
 @dtypes
