@@ -246,7 +246,7 @@ def test_decode_attention_over_codes(
     for _ in range(2):
         inputs = qkv, cos, sin, pos, k, v, heads, scratch
         got = attention.decode_attention_kernel(*inputs, k_scale=k_scale, v_scale=v_scale)
-        same(got, torch.cat(want), 2e-4)
+        same(got, torch.cat(want), 2e-3)
     for ours, twins in ((k_scale, k2_scale), (v_scale, v2_scale)):
         assert torch.equal(ours.isnan(), twins.isnan())
         same(ours.nan_to_num(), twins.nan_to_num(), 1e-6)
@@ -295,7 +295,8 @@ def test_decoder_gives_the_models_logits(
             tail = end - begin > 1
             x = decoder.hidden(tokens[:, begin:end], pos, ours.narrow(end if tail else 64, tail=tail))
             want = model(tokens[:, begin:end], pos, theirs.narrow(end if tail else 64, tail=tail))
-            same(decoder.logits(x), want, 1e-4)
+            # Where rounding moves a number over the middle of two codes, the two have different ones.
+            same(decoder.logits(x), want, 1e-4 if kv_dtype is None else 5e-3)
         last, pos = tokens[:, -1:].clone(), torch.full((2, 1), 10, device=DEVICE)
         decoder.greedy(x[:, -1:], last, pos, 63)
     assert last[:, 0].tolist() == want[:, -1].argmax(-1).tolist()
