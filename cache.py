@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.codes import decode, encode, numbers
+from kernels.codes import decode, encode
 
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what a cache can be stored in beside the model's dtype
 
@@ -45,16 +45,12 @@ class StaticLayer:
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
+        self.dtype = k.dtype  # what keys and values are read as
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is stored, as `layer_of` takes it."""
         return self.k, self.v
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What keys and values are read as."""
-        return self.k.dtype
 
     def narrow(self, length: int, rows: int | None) -> "StaticLayer":
         return StaticLayer(self.k[:rows, :length], self.v[:rows, :length])
@@ -69,7 +65,7 @@ class StaticLayer:
         S, K = self.k.shape[1], self.k.shape[2]
         if T == 1 and mask is not None and torch.compiler.is_compiling() and q.device.type == "cpu":
             return self._attend_one(q, mask)
-        k, v = (x.transpose(1, 2) for x in self._read())  # [B, K, S, D]
+        k, v = (x.transpose(1, 2) for x in self._read(self.dtype))  # [B, K, S, D]
         if T == 1 and mask is not None:
             # A decoding token's G heads per key head become G rows of one head: keys are read once, unrepeated.
             y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
@@ -82,40 +78,35 @@ class StaticLayer:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)  # [B, T, H, D]
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, S, K, D] in the model's dtype."""
-        return self.k, self.v
+    def _read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, K, D]."""
+        return self.k.to(dtype), self.v.to(dtype)
 
     def _attend_one(self, q: Tensor, mask: Tensor) -> Tensor:
         """`attend` for one token in plain arithmetic, which the compiler fuses with what is around it on the CPU."""
         B, _, H, D = q.shape
-        K = self.k.shape[2]
+        K, (k, v) = self.k.shape[2], self._read(torch.float32)
         q_BKGD = q.view(B, K, H // K, D).float() * D**-0.5
-        scores = (q_BKGD[:, None] * numbers(self.k)[:, :, :, None]).sum(-1)  # [B, S, K, G]
-        scores = _scaled(scores, self.k_scale).masked_fill(~mask.view(B, -1, 1, 1), float("-inf"))
-        p = _scaled(scores.softmax(1), self.v_scale)
-        y = (p[..., None] * numbers(self.v)[:, :, :, None]).sum(1)  # [B, K, G, D]
+        scores = (q_BKGD[:, None] * k[:, :, :, None]).sum(-1)  # [B, S, K, G]
+        scores = scores.masked_fill(~mask.view(B, -1, 1, 1), float("-inf"))
+        y = (scores.softmax(1)[..., None] * v[:, :, :, None]).sum(1)  # [B, K, G, D]
         return y.to(q.dtype).view(B, 1, H, D)
 
 
 class QuantizedLayer(StaticLayer):
     """Keys and values as codes of 8 bits [B, S, K, D], with a scale for each head of each token, fp32 [B, S, K].
 
-    A scale leaves the sum over D that its codes are in: one decoding token's kernels never make keys or values of them.
-    Longer inputs, and eager, dequantize the view that they attend over, one layer at a time, into `dtype`.
+    One decoding token reads them inside of its attention, by the kernels or compiled on the CPU, where dequantized keys
+    and values are never in memory. Longer inputs, and eager, dequantize the view they attend over, a layer at a time.
     """
 
     def __init__(self, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, dtype: torch.dtype) -> None:
         super().__init__(k, v)
-        self.k_scale, self.v_scale, self._dtype = k_scale, v_scale, dtype
+        self.k_scale, self.v_scale, self.dtype = k_scale, v_scale, dtype
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.k, self.v, self.k_scale, self.v_scale
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
 
     def narrow(self, length: int, rows: int | None) -> "QuantizedLayer":
         return QuantizedLayer(*(x[:rows, :length] for x in self.tensors), self.dtype)
@@ -125,13 +116,8 @@ class QuantizedLayer(StaticLayer):
         self.k[rows, input_pos], self.k_scale[rows, input_pos] = encode(k, self.k.dtype)
         self.v[rows, input_pos], self.v_scale[rows, input_pos] = encode(v, self.v.dtype)
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        return decode(self.k, self.k_scale, self.dtype), decode(self.v, self.v_scale, self.dtype)
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """x [B, S, K, G] times the slots' scales [B, S, K], if there are any."""
-    return x if scale is None else x * scale[..., None]
+    def _read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return decode(self.k, self.k_scale, dtype), decode(self.v, self.v_scale, dtype)
 
 
 def layer_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> StaticLayer:

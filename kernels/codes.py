@@ -22,16 +22,6 @@ def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return steps.clamp(-largest, largest).to(dtype), scale  # past it, some versions of torch make NaN of fp8
 
 
-def numbers(codes: Tensor) -> Tensor:
-    """Codes as the fp32 numbers that they are."""
-    if codes.dtype != torch.float8_e4m3fn:
-        return codes.float()
-    # Sign, exponent and mantissa moved to where fp32 has them, subnormals included; the exponents' biases differ by
-    # 120. Unlike a cast of torch's, this compiles to vector instructions on a CPU.
-    bits = codes.view(torch.uint8).to(torch.int32)
-    return ((bits & 128) << 24 | (bits & 127) << 20).view(torch.float32) * 2.0**120
-
-
 def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The vectors [..., D] that codes [..., D] and scales [...] stand for."""
     return (codes.float() * scale[..., None]).to(dtype)
