@@ -1,6 +1,6 @@
 """Vectors in 8 bits: codes and a scale each, x = scale * code. It is what a quantized key/value cache holds.
 
-The plain version; what the kernels do in its place is `language.encode`. Triton is not needed for it.
+The plain version; what the kernels do in its place are `scale_of` and `as_codes` of `language.py`. Triton is not needed for it.
 """
 
 import torch
