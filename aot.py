@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import cache
 import model
 from hardware import device_name
-from kernels import codes
+from kernels import codes, int8
 from quant import linears
 
 log = logging.getLogger("tachyon")
@@ -38,6 +38,7 @@ def compile_for_cpu(transformer: model.Transformer, directory: Path) -> None:
     """Let `transformer` decode with compiled layers and head, whose libraries are kept in `directory`."""
     if isinstance(transformer.logits, _Head):
         return  # it does already
+    linears.settle_model(transformer)  # the libraries are handed the tensors as they are now
     libraries: dict[tuple, Callable[[torch.dtype], _Library]] = {}
     for layer in transformer.layers:
         kind = ("layer", layer.attention.use_rope, repr(transformer.config), repr(layer))
@@ -173,7 +174,8 @@ class _Library:
 
     def _key(self, inputs: list[Tensor]) -> str:
         """Everything that the compiled code depends on: a stale library would compute another model."""
-        sources = [inspect.getsource(module) for module in (model, cache, codes, linears, sys.modules[__name__])]
+        modules = (model, cache, codes, linears, int8, sys.modules[__name__])
+        sources = [inspect.getsource(module) for module in modules]
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

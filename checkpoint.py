@@ -34,9 +34,9 @@ import gguf_reader
 import hardware
 from hf_config import PRESETS, hf_config, hf_modules, read_config
 from model import ModelConfig, Transformer
-from quant import foreign
+from quant import export, foreign
 from quant.linears import RECIPES, QuantizedLinear, Recipe, quantize_model
-from quant.recipes import read_recipe, write_recipe
+from quant.recipes import read_recipe, storages, write_recipe
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 log = logging.getLogger("tachyon")
@@ -57,6 +57,7 @@ class Checkpoint:
     random: bool = False  # no stored weights: `load_model` draws them on the device
     recipe: Recipe | None = None  # how the stored weights are quantized, if they are ...
     repack: bool = False  # ... by another library: not in our layout
+    widened: "Checkpoint | None" = None  # the same as floats, which may be quantized anew: of a GGUF file with a recipe
 
     @property
     def quantized(self) -> str | None:
@@ -74,7 +75,11 @@ def open_checkpoint(spec: str) -> Checkpoint:
     if spec.startswith("random:"):
         return _open_random(spec)
     path = locate(spec)
-    return _open_directory(path, spec) if path.is_dir() else _open_gguf(path, spec)
+    if path.is_dir():
+        return _open_directory(path, spec)
+    opened = _open_gguf(path, spec)
+    # The built-in model is what figures start from, in floats.
+    return opened.widened or opened if spec == DEFAULT_CHECKPOINT else opened
 
 
 def locate(spec: str) -> Path:
@@ -159,13 +164,15 @@ def load_model(
 
     `quantize` is a recipe, or the name of one in `quant.linears.RECIPES`: each tensor is rounded to nearest as it comes
     in, on the device, so the unquantized model is never held. A checkpoint that is quantized loads as it is, its codes
-    moved into our layout if need be, and `quantize` for it is a ValueError, as is a weight that is NaN or infinite in a
-    matrix to be quantized.
+    moved into our layout if need be, and `quantize` for it is a ValueError unless it can be widened, as is a weight
+    that is NaN or infinite in a matrix to be quantized.
 
     `progress(done, total)` is called in bytes of what is read, in the types that it gets; `packed(name, linear, start,
     rows)` with the rows [n, K] that were rounded to be rows start .. start + n of the linear called `name`. `seed` is
     for random checkpoints only.
     """
+    if quantize is not None:
+        checkpoint = checkpoint.widened or checkpoint
     recipe = _recipe(checkpoint, quantize)
     packs = recipe is not None and (quantize is not None or checkpoint.random or checkpoint.repack)
     device = torch.device(device)
@@ -207,14 +214,19 @@ def _recipe(checkpoint: Checkpoint, quantize: str | Recipe | None) -> Recipe | N
     """How the checkpoint's model is to be quantized, or is already."""
     if quantize is None:
         return checkpoint.recipe
+    refuse_quantized(checkpoint)
+    if isinstance(quantize, str) and quantize not in RECIPES:
+        raise ValueError(f"unknown quantization {quantize!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[quantize] if isinstance(quantize, str) else quantize
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """ValueError for a checkpoint that cannot be quantized because it is."""
     if checkpoint.recipe is not None:
         raise ValueError(
             f"{checkpoint.name} is quantized already ({checkpoint.recipe}): load it as it is, "
             "or quantize the checkpoint that it was made from"
         )
-    if isinstance(quantize, str) and quantize not in RECIPES:
-        raise ValueError(f"unknown quantization {quantize!r}; there are {', '.join(RECIPES)}")
-    return RECIPES[quantize] if isinstance(quantize, str) else quantize
 
 
 def _allocate(model: Transformer, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -275,6 +287,8 @@ def _stream_weights(
         parameter, linear = targets[slot.parameter]
         if isinstance(tensor, foreign.Matrix):
             if linear is not None:
+                if parameter is not None:  # an embedding and its tied head
+                    slot.rows(parameter).copy_(tensor.dequantize())
                 yield linear, slot.start, tensor
                 continue
             tensor = tensor.dequantize()
@@ -345,13 +359,15 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     eos_ids: Sequence[int] = (),
     recipe: Recipe | None = None,
+    scheme: export.Scheme | None = None,
     max_shard_bytes: int = 4 << 30,
 ) -> None:
     """Write `model` as a Hugging Face directory; `directory` appears whole or not at all.
 
     `transformers` loads it, unless the model is quantized: then its packed tensors lie as quant/README.md says, and
-    `recipe`, which it was quantized with, goes into config.json. ValueError if the directory exists, OSError if it
-    cannot be written.
+    `recipe`, which it was quantized with, goes into config.json. With `scheme`, as `export_scheme` gives it for that
+    recipe, they are GPTQ's, which `transformers` loads again. ValueError if the directory exists, OSError if it cannot
+    be written.
     """
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if bool(linears) != bool(recipe):
@@ -360,7 +376,7 @@ def save_model(
     slots, weights = key_map(model), _weights(model)
     config = hf_config(model.config) | {"torch_dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
     if recipe is not None:
-        config["quantization_config"] = write_recipe(recipe, model)
+        config["quantization_config"] = scheme.config if scheme else write_recipe(recipe, model)
     eos = list(eos_ids or (tokenizer.eos_ids if tokenizer else ()))
     # An id that is left out would be the architecture's own default, which may lie outside the vocabulary.
     special = {
@@ -375,25 +391,38 @@ def save_model(
     try:
         _write_json(part / "config.json", config | special)
         _write_json(part / "generation_config.json", special)
+        if scheme is not None:
+            _write_json(part / "quantize_config.json", scheme.config)
         if tokenizer is not None:
             tokenizer.save(part)
         shards = _shards(slots, weights, max_shard_bytes)
         files = ["model.safetensors"]
         if len(shards) > 1:
             files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-            size = sum(weight.nbytes for weight in weights.values())
-            _write_json(part / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        weight_map, size = {}, 0
         for file, names in zip(files, shards, strict=True):
             # Clones: rows of one fused parameter share memory, which safetensors refuses to write.
             rows = {name: slots[name].rows(weights[slots[name].parameter]).detach().cpu().clone() for name in names}
+            rows = scheme.tensors(rows) if scheme else rows
+            weight_map |= dict.fromkeys(rows, file)
+            size += sum(tensor.nbytes for tensor in rows.values())
             try:
                 save_file(rows, part / file, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(f"cannot write {directory / file} ({error}); nothing is left of it") from None
+        if len(files) > 1:
+            _write_json(part / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         part.replace(directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)  # already gone, unless something failed
+
+
+def export_scheme(recipe: Recipe, config: ModelConfig) -> export.Scheme:
+    """How `save_model` writes a model of that recipe in GPTQ's files; ValueError where they cannot hold it."""
+    with torch.device("meta"):
+        slots = key_map(Transformer(config))
+    rows = {name.removesuffix(".weight"): slot.shape[0] for name, slot in slots.items()}
+    return export.gptq_scheme(export.by_module(storages(recipe, config)), rows, symmetric=recipe.symmetric)
 
 
 def new_directory(directory: Path) -> Path:
@@ -408,14 +437,17 @@ def new_directory(directory: Path) -> Path:
 
 
 def _shards(slots: Mapping[str, Slot], weights: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
-    """The tensors' names, in order, in groups of at most `max_bytes` (a larger tensor is a group of its own)."""
+    """The tensors' names, in order, in groups of at most `max_bytes` (a larger module is a group of its own)."""
+    modules: dict[str, list[str]] = {}
+    for name in slots:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
     shards, size = [[]], 0
-    for name, slot in slots.items():
-        nbytes = slot.rows(weights[slot.parameter]).nbytes
+    for names in modules.values():
+        nbytes = sum(slots[name].rows(weights[slots[name].parameter]).nbytes for name in names)
         if shards[-1] and size + nbytes > max_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(name)
+        shards[-1] += names
         size += nbytes
     return shards
 
@@ -602,13 +634,18 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
     file = gguf_reader.GGUFFile(path)
     config = gguf_reader.model_config(file)
     tokenizer = functools.cache(functools.partial(tokenizer_from_gguf, file.metadata))
-    return Checkpoint(
+    tensors = functools.partial(gguf_reader.tensors, file, config)
+    widened = Checkpoint(
         name=name,
         config=config,
         eos_ids=tokenizer().eos_ids if "tokenizer.ggml.model" in file.metadata else (),
-        tensors=functools.partial(gguf_reader.tensors, file, config),
+        tensors=functools.partial(tensors, keep=False),
         read_tokenizer=tokenizer,
     )
+    recipe = gguf_reader.recipe(file, config)
+    if recipe is None:
+        return widened
+    return replace(widened, tensors=functools.partial(tensors, keep=True), recipe=recipe, repack=True, widened=widened)
 
 
 # ---- The built-in model -------------------------------------------------------------------------------------------

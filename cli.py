@@ -28,9 +28,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the options")
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field with its help text. A tuple default makes an option that may be given several times."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
+def option(
+    default: Any, text: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None, many: bool = False
+) -> Any:
+    """A dataclass field with its help text.
+
+    A tuple default makes an option that may be given several times, each time with several values where `many`.
+    """
+    metadata = {"help": text, "choices": choices, "metavar": metavar, "many": many}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def add_options(parser: argparse.ArgumentParser, options: type, *, texts: dict[str, str] | None = None) -> None:
@@ -47,7 +53,8 @@ def add_options(parser: argparse.ArgumentParser, options: type, *, texts: dict[s
         if kind is bool:
             parser.add_argument(flag, action="store_true", default=field.default, help=text)
         elif isinstance(field.default, tuple):
-            parser.add_argument(flag, action="append", default=[], help=text, metavar=field.metadata.get("metavar"))
+            several = {"action": "extend", "nargs": "+"} if field.metadata["many"] else {"action": "append"}
+            parser.add_argument(flag, default=[], help=text, metavar=field.metadata.get("metavar"), **several)
         else:
             extra = {key: field.metadata[key] for key in ("choices", "metavar") if field.metadata.get(key)}
             if field.default is not None:

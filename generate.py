@@ -2,10 +2,10 @@
 
     python generate.py --compile --checkpoint CKPT --prompt TEXT
 
-`Generator` turns requests into tokens: one prefill over the prompts, then decode steps on static tensors, so that a
-step is one CUDA graph (or a few compiled regions on the CPU) and nothing waits for the host between tokens. The host
-looks at tokens some steps late and drops what was decoded past an end. The rest of this file is the command line:
-prompts in, text, samples and figures out.
+`Generator` turns requests into tokens: one prefill over the prompts, then decode steps on static tensors, so that some
+steps are one CUDA graph (or one is a few compiled regions on the CPU) and nothing waits for the host between tokens.
+The host looks at tokens some steps late and drops what was decoded past an end. The rest of this file is the command
+line: prompts in, text, samples and figures out.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ import cli
 import hardware
 from cache import KV_DTYPES, StaticCache
 from model import Transformer
-from quant.linears import RECIPES
+from quant.linears import RECIPES, QuantizedLinear, settle_model
 from sampling import SamplingBatch, SamplingParams, sample
 from tokenizer import Tokenizer
 
@@ -58,8 +58,8 @@ class Request:
 class Generator:
     """Decodes requests with one model over one static cache.
 
-    Eager runs the model; compiled, what `compile_model` makes of it, by the same code. On CUDA a decode step is then
-    captured in a graph for each batch size, cache bucket and kind of sampling.
+    Eager runs the model; compiled, what `compile_model` makes of it, by the same code. On CUDA decode steps are then
+    captured in a graph for each batch size, cache bucket, kind of sampling and number of steps.
     """
 
     prefill_tokens = 8192  # in one forward, over all rows: bounds the activations' memory
@@ -96,6 +96,8 @@ class Generator:
         # The latest steps' tokens of each row, the newest last, and where that goes.
         self.tokens = torch.zeros(self.burst, batch_size, 1, dtype=torch.int64, device=self.device)
         self.input_pos = torch.zeros_like(self.tokens[0])
+        if self.device.type == "cpu":
+            settle_model(model)  # not in the first answer, which may be interrupted
         self.decoder = compile_model(model, self.cache) if compile else model
         self.fused = self.decoder is not model  # kernels, which also end a greedy step and choose the buckets
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
@@ -104,10 +106,12 @@ class Generator:
 
     def step_bytes(self, length: int, rows: int = 1) -> int:
         """Bytes a decode step has to read: each weight once, and the live cache."""
-        weights = self.model.state_dict()
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
         # Of the embedding it reads a row. Where that is the head as well, it stays in the list by its other name.
         del weights["embed.weight"]
-        return sum(w.nbytes for w in weights.values()) + self.cache.narrow(length, rows=rows).nbytes
+        linears = [module for module in self.model.modules() if isinstance(module, QuantizedLinear)]
+        held = [*weights.values(), *linears, self.cache.narrow(length, rows=rows)]
+        return sum(part.nbytes for part in held)
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request]) -> Iterator[Request]:

@@ -3,13 +3,14 @@
 GGUF is llama.cpp's single-file format: a header of typed key/values, a table of tensors, then their bytes. The header
 is parsed here because the `gguf` library's reader keeps several numpy objects per string, which takes seconds for a
 vocabulary; the library still gives the type table and the dequantization. Every offset is checked against the file's
-length before anything is read, so a file cut short is named instead of crashing. This file knows the format and its
-conventions (permuted q/k rows, rope factors stored as a tensor) and nothing of the modules the weights end up in.
+length before anything is read, so a file cut short is named instead of crashing. Matrices of 4 bits that our layout
+holds exactly are given as their codes, other types as floats. This file knows the format and its conventions (permuted
+q/k rows, rope factors stored as a tensor) and nothing of how the weights are multiplied.
 """
 
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,10 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from torch import Tensor
 
+from hf_config import our_module
 from model import ModelConfig, RopeScaling, rope_frequencies
+from quant.foreign import Matrix, Packed, recipe_of
+from quant.linears import Recipe, Storage
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -166,10 +170,18 @@ class GGUFFile:
             )
         return TensorInfo(shape, kind, offset, nbytes)
 
+    def _bytes(self, name: str) -> np.ndarray:
+        info = self.infos[name]
+        return np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+
+    def blocks(self, name: str) -> Tensor:
+        """A quantized matrix [N, K] as it is stored, uint8 [N, blocks in a row, bytes]."""
+        info = self.infos[name]
+        return torch.from_numpy(self._bytes(name)).view(info.shape[0], -1, GGML_QUANT_SIZES[info.kind][1])
+
     def read(self, name: str) -> Tensor:
         """The tensor, dequantized to fp32 if it is quantized and in its own type if not."""
-        info = self.infos[name]
-        raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
+        info, raw = self.infos[name], self._bytes(name)
         if info.kind.name in _FLOATS:
             return torch.from_numpy(raw).view(_FLOATS[info.kind.name]).view(info.shape)
         # The library's `dequantize` goes 16 rows at a time; thousands of blocks at once are several times faster.
@@ -259,19 +271,76 @@ def _with_llama3_scaling(file: GGUFFile, config: ModelConfig) -> ModelConfig:
     return scaled
 
 
-def tensors(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under Hugging Face's name, one at a time; a name with no counterpart keeps its own."""
+def recipe(file: GGUFFile, config: ModelConfig) -> Recipe | None:
+    """How the file's linears are stored, in types that our layouts hold exactly; None if none is.
+
+    A tied head is the embedding's matrix, kept twice where that is quantized: as codes, and widened to look rows up.
+    """
+    storages, kinds = {}, set()
+    for name, info in file.infos.items():
+        module, _, suffix = _hf_name(name).rpartition(".")
+        if name == "token_embd.weight" and config.tied_head:
+            module = "lm_head"
+        if suffix == "weight" and len(info.shape) == 2 and our_module(module) != "embed":
+            kept = info.kind.name in _KEPT
+            storages[module] = Storage("int4", 32) if kept else Storage("float")
+            kinds |= {info.kind.name} if kept else set()
+    found = recipe_of("gguf", storages, symmetric="Q4_1" not in kinds) if kinds else None
+    return found if found and any(storage.format != "float" for storage in found.exceptions.values()) else None
+
+
+def tensors(file: GGUFFile, config: ModelConfig, *, keep: bool) -> Iterator[tuple[str, Tensor | Packed]]:
+    """Every weight under Hugging Face's name, one at a time; a name with no counterpart keeps its own.
+
+    `keep`: a matrix of a type in `_KEPT` comes as its codes.
+    """
     permuted = file.metadata["general.architecture"] in _PERMUTED
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
-    for name in file.infos:
+    for name, info in file.infos.items():
         if name == "rope_freqs.weight":  # part of the config
             continue
-        *layer, part, suffix = name.split(".")  # "blk", "0", "attn_q", "weight"
-        tensor = file.read(name)
+        part = name.split(".")[-2]
+        decode = _KEPT.get(info.kind.name) if keep and len(info.shape) == 2 else None
+        tensor = file.read(name) if decode is None else file.blocks(name)
         if permuted and part in heads and tensor.shape[0] == heads[part] * config.head_dim:
             tensor = _unpermute(tensor, heads[part])
-        prefix = f"model.layers.{layer[1]}." if len(layer) == 2 else ""
-        yield (f"{prefix}{_NAMES[part]}.{suffix}" if part in _NAMES else name), tensor
+        yield _hf_name(name), tensor if decode is None else Packed(decode, {"blocks": tensor})
+
+
+def _hf_name(name: str) -> str:
+    *layer, part, suffix = name.split(".")  # "blk", "0", "attn_q", "weight"
+    prefix = f"model.layers.{layer[1]}." if len(layer) == 2 else ""
+    return f"{prefix}{_NAMES[part]}.{suffix}" if part in _NAMES else name
+
+
+def _q4_0(tensors: Mapping[str, Tensor]) -> Matrix:
+    """Blocks of 32 weights d * (q - 8): d in fp16, then the q of weight i and i + 16 in byte i."""
+    blocks = tensors["blocks"]
+    return Matrix("int4", _nibbles(blocks[..., 2:]).flatten(1), _halves(blocks[..., :2])[..., 0])
+
+
+def _q4_1(tensors: Mapping[str, Tensor]) -> Matrix:
+    """Blocks of 32 weights d * q + m: d and m in fp16, then the q as in Q4_0. Zeros are -m / d, between codes.
+
+    A block with steps so small that fp16 cannot hold its zero is m wherever fp16 could tell: it is taken as a constant.
+    """
+    blocks = tensors["blocks"]
+    (scale, least), codes = _halves(blocks[..., :4]).unbind(-1), _nibbles(blocks[..., 4:])
+    zero = -least / scale
+    constant = ~(zero.abs() <= 65504)  # also where d is 0
+    codes = codes.masked_fill(constant[..., None], 0).flatten(1)
+    return Matrix("int4", codes, torch.where(constant, least + 7.5 * scale, scale), zero.masked_fill(constant, -1))
+
+
+_KEPT = {"Q4_0": _q4_0, "Q4_1": _q4_1}  # types that are `int4` in groups of 32
+
+
+def _halves(data: Tensor) -> Tensor:
+    return data.contiguous().view(torch.float16).float()
+
+
+def _nibbles(data: Tensor) -> Tensor:
+    return torch.cat((data & 15, data >> 4), -1)
 
 
 def _unpermute(tensor: Tensor, n_heads: int) -> Tensor:

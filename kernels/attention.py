@@ -4,7 +4,8 @@ A program takes one key/value head of one row and one split of the live cache. T
 packed into one tile, so keys and values are read once. How far the cache is live stands in `input_pos` on the
 device: splits are cut there, so one captured graph serves every length and the cost follows what is live. The program
 that finishes last for a head combines the splits (flash decoding, Dao et al. 2023) and leaves its counter at zero.
-The newest key and value never go through memory: the last split adds them from registers and writes them to the cache.
+The newest key and value never go through memory: the last split begins its softmax with them from registers, and
+writes them to the cache.
 
 A cache of 8-bit codes has a scale for each head of each token. Codes are what the products take, in which they are
 exact; a key's scale then multiplies its score, and a value's the weight that it gets.

@@ -1,6 +1,6 @@
-"""Vectors in 8 bits: codes and a scale each, x = scale * code. It is what a quantized key/value cache holds.
+"""Vectors in 8 bits: codes and a scale each, x = scale * code. A quantized key/value cache holds them.
 
-The plain version; what the kernels do in its place are `scale_of` and `as_codes` of `language.py`. Triton is not needed for it.
+The plain version, which needs no Triton; in kernels `scale_of` and `as_codes` of `language.py` take its place.
 """
 
 import torch

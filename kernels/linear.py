@@ -7,10 +7,11 @@ number of rows M:
 
 - M = 1, float weights: `_vector_kernel`. A program holds a few whole rows of the matrix against x, in fp32 on the
   CUDA cores.
-- M = 2 to `tuning.most_rows`: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core product,
+- M = 2 to `most_rows`: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core product,
   so that 16 rows cost what one costs.
-- M = 1 to `tuning.most_rows`, packed weights: `packed.packed_kernel`.
-- more: cuBLAS over dequantized weights, and `elementwise` for the rest.
+- M = 1 to `most_rows`, packed weights: `packed.packed_kernel`.
+- more: cuBLAS over dequantized weights, or a product of integers where the inputs are to be int8 too, and
+  `elementwise` for the rest.
 
 The norm costs no launch: a program reads all of x anyway and sums its squares on the way (y = r * W (g * x) with
 r = rsqrt(mean x^2 + eps)).
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from kernels import elementwise, language, tuning
 from kernels.dequantize import dequantize, dequantize_twin
+from kernels.int8 import int8_linear
 from kernels.language import held, jit, launch_options, order, store, tl, triton, wait
 from kernels.packed import packed_kernel
-from kernels.weight import Weight
+from kernels.weight import Weight, most_rows
 
 
 def linear(
@@ -46,10 +48,13 @@ def linear(
     options = {"norm": norm, "eps": eps, "glu": glu, "residual": residual, "out_dtype": out_dtype}
     if not language.on_gpu(x):
         return linear_twin(x, weight, **options)
-    if len(x) <= tuning.most_rows(weight.format):
+    if len(x) <= most_rows(weight.format):
         return linear_kernel(x, weight, **options)
     if norm is not None:
         x = elementwise.rms_norm(x, norm, eps)
+    if weight.int8_inputs:
+        y = int8_linear(x, weight, x.dtype)
+        return _finish(elementwise.silu_mul(y) if glu else y, residual, out_dtype)
     matrix = dequantize(weight, x.dtype)
     if residual is not None and weight.bias is None:
         return residual.addmm_(x, matrix.t())
@@ -103,7 +108,7 @@ def argmax(x: Tensor, weight: Weight, best: Tensor, *, norm: Tensor, eps: float)
     `best` holds, for each row, the order-preserving bits of the logit above 2^32 - 1 - index, so its maximum is the
     largest logit at the smallest index; `take_best` reads and resets it.
     """
-    if language.on_gpu(x) and len(x) <= tuning.most_rows(weight.format):
+    if language.on_gpu(x) and len(x) <= most_rows(weight.format):
         return argmax_kernel(x, weight, best, norm=norm, eps=eps)
     return argmax_twin(x, weight, best, norm=norm, eps=eps)
 

@@ -110,11 +110,6 @@ def plan(format: str, M: int, N: int, K: int, mode: str, x: Tensor) -> Plan:
     return _plan(x.device, format, M, N, K, mode, x.element_size())
 
 
-def most_rows(format: str) -> int:
-    """Up to how many rows the kernels for few rows are faster than the large product."""
-    return 16 if format == "float" else 64
-
-
 SHORT = 1024  # slots up to which attention runs by its plan for short contexts
 
 

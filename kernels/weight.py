@@ -14,6 +14,7 @@ class Weight(NamedTuple):
     zero: Tensor | None = None  # int4 asymmetric only: [N, K/group], in steps: the code that means 0
     bias: Tensor | None = None  # [N]
     group: int = 0  # int4: how many neighbours along K share a scale: 32, 64 or 128
+    int8_inputs: bool = False  # int8: what it multiplies is rounded to int8 too, where there are many rows of it
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -26,3 +27,8 @@ class Weight(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self[1:5] if t is not None)
+
+
+def most_rows(format: str) -> int:
+    """Up to how many rows the kernels for few rows are faster than the large product."""
+    return 16 if format == "float" else 64

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model import Block
 from quant.calibrate import Inputs, squared_outputs
+from quant.folding import check_finite, fold, share_heads
 from quant.linears import Codes, Int4Linear, QuantizedLinear
 
 ALPHAS = tuple(i / 20 for i in range(20))  # eq. 5's grid; 0 leaves the weights as they are
@@ -28,34 +29,17 @@ LEAST = 1e-4  # of the mean magnitude: what an input counts at least, so that no
 def fold_scales(layer: Block, linears: Mapping[str, QuantizedLinear], inputs: Mapping[str, Inputs]) -> None:
     """Scale the inputs of the layer's 4-bit linears and undo it before them; as `calibrate.Preparation` wants it.
 
-    The norms undo it for q/k/v and gate/up, v's rows for o, up's rows for down. `linears` are written over. ValueError
-    where a weight or an input is not finite.
+    Query heads that share a value head share its scales. `linears` are written over. ValueError where a weight or an
+    input is not finite.
     """
-    for name, seen in inputs.items():
-        _check(name, layer.get_submodule(name).weight, seen)
-    attention, ffn = layer.attention, layer.ffn
-    K, D, F = attention.n_kv_heads, attention.head_dim, ffn.down.in_features
-    G = attention.n_heads // K
-
-    def scale(name: str, mean_abs: Tensor) -> Tensor:
-        """A scale for each input of a linear, chosen and multiplied in."""
-        linear, hessian = layer.get_submodule(name), inputs[name].hessian
-        s = best_scales(linears[name], linear.weight, hessian, mean_abs)
-        linear.weight.mul_(s)
-        hessian.div_(s[:, None] * s)
-        inputs[name].mean_abs.div_(s)
-        return s
-
-    layer.attention_norm.weight.div_(scale("attention.qkv", inputs["attention.qkv"].mean_abs))
-    # Query heads that share a value head share its scales: [H * D] -> [K, G, D], the mean over G, and back.
-    shared = inputs["attention.o"].mean_abs.view(K, G, D).mean(1, keepdim=True).expand(-1, G, -1)
-    v = scale("attention.o", shared.flatten()).view(K, G, D)[:, 0].flatten()  # [K * D]
-    layer.ffn_norm.weight.div_(scale("ffn.gate_up", inputs["ffn.gate_up"].mean_abs))
-    up = scale("ffn.down", inputs["ffn.down"].mean_abs)
-    for linear, rows, s in ((attention.qkv, K * D, v), (ffn.gate_up, F, up)):
-        linear.weight[-rows:].div_(s[:, None])
-        if linear.bias is not None:
-            linear.bias[-rows:].div_(s)
+    check_finite(layer, inputs)
+    means = {name: seen.mean_abs for name, seen in inputs.items()}
+    means["attention.o"] = share_heads(layer, means["attention.o"], torch.mean)
+    scales = {}
+    for name, mean_abs in means.items():
+        weight, hessian = layer.get_submodule(name).weight, inputs[name].hessian
+        scales[name] = best_scales(linears[name], weight, hessian, mean_abs)
+    fold(layer, inputs, scales)
 
 
 def best_scales(linear: QuantizedLinear, weight: Tensor, hessian: Tensor, mean_abs: Tensor) -> Tensor:
@@ -110,10 +94,3 @@ def clip(linear: Int4Linear, weight: Tensor, hessian: Tensor) -> Tensor:
         best = torch.where(error < least, limit, best)
         least = torch.minimum(error, least)
     return groups.clamp(-best, best).flatten(1)
-
-
-def _check(name: str, weight: Tensor, inputs: Inputs) -> None:
-    if not weight.isfinite().all():
-        raise ValueError(f"{name}: a weight is NaN or infinite; take another dtype or another checkpoint")
-    if not inputs.hessian.isfinite().all():
-        raise ValueError(f"{name}: the inputs' Hessian has NaN or infinity; calibrate in bfloat16 or float32")

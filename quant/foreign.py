@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
     format: str  # "int4" | "int8" | "fp8"
     codes: Tensor  # uint8 [N, K]
     scale: Tensor  # [N, G]
-    zero: Tensor | None = None  # uint8 [N, G]; None: the middle code
+    zero: Tensor | None = None  # [N, G], uint8 or, between codes, fp32; None: the middle code
     group_of: Tensor | None = None  # int [K]: whose scale an input has; None: K / G neighbours share one
 
     @property
@@ -308,12 +308,12 @@ def read_foreign(raw: Mapping, file: Path, stored: Mapping[str, Tensor]) -> Fore
         except ValueError as error:
             raise ValueError(f"{file.parent}: {module}: {error}") from None
         symmetric = symmetric and (storages[module].format != "int4" or matrix.centred)
-    recipe = _recipe(method, storages, symmetric)
+    recipe = recipe_of(method, storages, symmetric=symmetric)
     _tell(file.parent, recipe, tensors)
     return Foreign(recipe, {module: frozenset(some) for module, some in tensors.items()}, scheme.decode)
 
 
-def _recipe(method: str, storages: Mapping[str, Storage], symmetric: bool) -> Recipe:
+def recipe_of(method: str, storages: Mapping[str, Storage], *, symmetric: bool) -> Recipe:
     """Modules of a checkpoint and how each is to be stored, as a recipe that has all linears as exceptions."""
     parts: dict[str, list[Storage]] = {}
     for module, storage in storages.items():

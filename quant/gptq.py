@@ -12,36 +12,25 @@ one triangular matrix, computed once.
 import torch
 from torch import Tensor
 
-from quant.linears import GROUPS, Codes, Int4Linear, Int8Linear, QuantizedLinear
+from quant.linears import GROUPS, Codes, Int4Linear, Int8Linear, QuantizedLinear, code_range, grid
 
+AIM = 0.01  # for `calibrate`: the ridge of the regression that makes good what linears before have spoilt
 MOST_DAMPING = 1.0  # in mean diagonals of H: with as much added, rounding errors hardly move to other inputs
 
 
 def choose_codes(
-    linear: QuantizedLinear,
-    weight: Tensor,
-    hessian: Tensor,
-    *,
-    three_bits: bool = False,
-    act_order: bool = True,
-    damping: float = 0.01,
+    linear: QuantizedLinear, weight: Tensor, hessian: Tensor, *, act_order: bool = True, damping: float = 0.01
 ) -> Codes:
     """`gptq` for the layout of `linear`, which is to hold weight [N, K]; as `calibrate.Method` wants it.
 
-    `three_bits` fills a 4-bit layout with 3 bits' worth of codes. ValueError for floats of 8 bits, and as `gptq`.
+    Floats of 8 bits are rounded to nearest. ValueError as `gptq`.
     """
-    if not isinstance(linear, Int4Linear | Int8Linear):
-        raise ValueError(f"GPTQ chooses integers, and this linear holds {linear.format}; use int4, int8, or no GPTQ")
-    return gptq(
-        weight,
-        hessian,
-        bits=3 if three_bits and linear.layout.bits == 4 else linear.layout.bits,
-        group=linear.group,
-        symmetric=linear.zero is None,
-        dtype=linear.scale.dtype,
-        act_order=act_order,
-        damping=damping,
-    )
+    if isinstance(linear, Int4Linear):
+        return gptq(weight, hessian, **linear.rounding, act_order=act_order, damping=damping)
+    if isinstance(linear, Int8Linear):
+        options = {"bits": 8, "group": 0, "symmetric": True, "dtype": torch.float32}
+        return gptq(weight, hessian, **options, act_order=act_order, damping=damping)
+    return linear.quantize(weight)
 
 
 def gptq(
@@ -52,6 +41,7 @@ def gptq(
     group: int,
     symmetric: bool,
     dtype: torch.dtype,
+    clip: bool = False,
     act_order: bool = True,
     damping: float = 0.01,
     block: int = 128,
@@ -62,8 +52,7 @@ def gptq(
     row's K for 3 and 4 bits (32, 64 or 128), one a row for 8 (group 0, symmetric, fp32). With `act_order` the inputs
     of the largest diagonal go first; scales that are fixed beforehand let that be without any trace in the layout.
 
-    3 bits live in the 4-bit layout: codes 0..7 and scale = (max - min) / 7, or where symmetric, as zero is 8 there,
-    4..11 and scale = absmax / 3.
+    3 bits live in the 4-bit layout, and `clip` is as in `linears.grid`.
 
     `damping`, in mean diagonals, is added to H's diagonal; where H is still not positive definite, ten times as much,
     up to MOST_DAMPING. An input that was always zero is rounded to nearest. ValueError for NaN or infinity, and for an
@@ -71,16 +60,15 @@ def gptq(
     """
     K = weight.shape[1]
     _check(weight, hessian, bits=bits, group=group, symmetric=symmetric, damping=damping, block=block)
+    scale, zero = _grid(weight, bits=bits, group=group, symmetric=symmetric, dtype=dtype, clip=clip)  # [G, N] each
     w_KN = weight.float().t().contiguous()  # an input's weights are neighbours: each step reads and writes whole rows
-    scale, zero = _grid(w_KN, bits=bits, group=group or K, symmetric=symmetric, dtype=dtype)  # [G, N] each
     order = torch.arange(K, device=weight.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
         w_KN, hessian = w_KN[order], hessian[order][:, order]
     factor = _inverse_factor(hessian, damping).to(weight.device)
     groups = order // (group or K)  # [K]: whose scale each step uses
-    middle = 128 if bits == 8 else 8
-    low, high = (middle - 2 ** (bits - 1), middle + 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    middle, (low, high) = (128, (0, 255)) if bits == 8 else (8, code_range(bits, symmetric=symmetric))
     codes = torch.empty_like(w_KN, dtype=torch.uint8)
     for begin in range(0, K, block):
         end = min(begin + block, K)
@@ -126,17 +114,12 @@ def _check(
         raise ValueError("the inputs' Hessian has NaN or infinity; calibrate in bfloat16 or float32")
 
 
-def _grid(w_KN: Tensor, *, bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scales and zeros [G, N], as they are stored; `quant.linears` has the same rules for 4 and for 8 bits."""
-    groups = w_KN.unflatten(0, (-1, group))  # [G, group, N]
-    if symmetric:
-        stored = torch.float32 if bits == 8 else dtype
-        return (groups.abs().amax(1) / (2 ** (bits - 1) - 1)).to(stored), None
-    low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).to(dtype)
-    step = scale.float()
-    zero = (-low / torch.where(step == 0, 1.0, step)).round().clamp(0, 2**bits - 1)
-    return scale, zero.to(dtype)
+def _grid(weight: Tensor, *, bits: int, group: int, **rounding) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros [G, N], as they are stored."""
+    if bits == 8:
+        return weight.float().abs().amax(1)[None] / 127, None
+    scale, zero = grid(weight, bits=bits, group=group, **rounding)
+    return scale.t().contiguous(), None if zero is None else zero.t().contiguous()
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

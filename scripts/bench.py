@@ -18,6 +18,7 @@ import cli
 import hardware
 from cache import KV_DTYPES
 from generate import SAMPLING_HELP, Generator, Meter, Request, check_kv_dtype, weights_of
+from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
 from scripts import roofline
@@ -57,9 +58,18 @@ def measure(options: Options, params: SamplingParams) -> dict:
     model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize)
     hardware.synchronize(device)
     load_s = time.perf_counter() - start
+    quantize = options.quantize or source.quantized
+    return time_model(model, options, params, load_s=load_s, quantize=quantize)
+
+
+def time_model(
+    model: Transformer, options: Options, params: SamplingParams, *, load_s: float, quantize: str | None
+) -> dict:
+    """The figures of a loaded model; of `options`, those that say how to load it are not looked at."""
+    config, device = model.config, model.norm.weight.device
     length = options.prompt_len + options.new_tokens
-    if length > source.config.max_seq_len:
-        raise ValueError(f"--prompt-len and --new-tokens make {length}; the model holds {source.config.max_seq_len}")
+    if length > config.max_seq_len:
+        raise ValueError(f"--prompt-len and --new-tokens make {length}; the model holds {config.max_seq_len}")
     generator = Generator(
         model, max_seq_len=length, batch_size=options.batch, compile=options.compile, kv_dtype=options.kv_dtype
     )
@@ -67,7 +77,7 @@ def measure(options: Options, params: SamplingParams) -> dict:
     def requests() -> list[Request]:
         return [
             Request(
-                prompt=random.choices(range(source.config.vocab_size), k=options.prompt_len),
+                prompt=random.choices(range(config.vocab_size), k=options.prompt_len),
                 params=dataclasses.replace(params, seed=row),
                 max_new_tokens=options.new_tokens,
             )
@@ -84,14 +94,14 @@ def measure(options: Options, params: SamplingParams) -> dict:
         for _ in meter.run(requests()):
             first_token_s = first_token_s or hardware.process_age()
         generator.cached = []  # every run prefills its whole prompt
-        runs.append(meter.stats(load_s=load_s, compile_s=compile_s, quantize=options.quantize or source.quantized))
+        runs.append(meter.stats(load_s=load_s, compile_s=compile_s, quantize=quantize))
     median = {
         name: statistics.median(run[name] for run in runs[1:])
         for name in ("ttft_s", "decode_tok_s", "decode_gbs", "bandwidth_fraction")
     }
     matmul = None
     if options.prompt_len >= COMPUTE_BOUND:
-        matmul = hardware.measure_matmul_rate(device, dtype) / 1e12
+        matmul = hardware.measure_matmul_rate(device, model.norm.weight.dtype) / 1e12
     result = {
         "checkpoint": options.checkpoint,
         **runs[-1],

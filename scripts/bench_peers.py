@@ -121,6 +121,7 @@ def write_gguf(source: checkpoint.Checkpoint, path: Path) -> None:
 
 def compare(options: Options) -> dict:
     source = checkpoint.open_checkpoint(options.checkpoint)
+    source = source.widened or source
     ids = source.tokenizer.encode(PROMPT)
     names = [name for name in ENGINES if name == "tachyon" or importlib.util.find_spec(name)]
     with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as stack:

@@ -1,10 +1,11 @@
-"""How well a model predicts text: perplexity over a file, and lm-eval's tasks.
+"""How well a model predicts text: perplexity over a file, lm-eval's tasks, and models compared.
 
     python -m scripts.evaluate --checkpoint CKPT --text FILE --context 1024 --json
+    python -m scripts.evaluate --compare CKPT CKPT+int8 ... --text FILE --plot FILE.png
 
 Perplexity is over consecutive windows that do not overlap: window i reads the tokens [i * context, (i + 1) * context)
-and predicts the same shifted by one, with no BOS put before. `score` is the one measurement: tasks that ask for the
-likelihood of an answer call it too. Statistics are fp32, and the logits of only a few positions exist at a time.
+and predicts the same shifted by one, with no BOS put before. Tasks that ask for the likelihood of an answer get it from
+the same `score`.
 """
 
 import importlib.util
@@ -14,10 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-import torch.nn.functional as F
+from typing import Any
 
 import checkpoint
 import cli
@@ -27,9 +25,9 @@ from generate import Answer, Generator, Request, check_kv_dtype, show_progress, 
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
+from scripts import compare
+from scripts.scoring import Row, Score, note, score, windows_of
 from tokenizer import Tokenizer
-
-LOGITS = 2**25  # numbers of fp32 logits at a time: 128 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +36,14 @@ class Options:
     text: Path | None = cli.option(None, "measure perplexity on this file of UTF-8 text")
     context: int = cli.option(1024, "tokens in each window of the text")
     windows: int | None = cli.option(None, "how many windows (default: all that the text has)")
+    compare: tuple[str, ...] = cli.option(
+        (),
+        "a table of these models' size, perplexity, divergence from the first one and speed; each is what --checkpoint "
+        f"takes, or that and what is done to it as it loads: CKPT+{', CKPT+'.join(compare.VARIANTS)}",
+        metavar="CKPT",
+        many=True,
+    )
+    plot: Path | None = cli.option(None, "with --compare: draw perplexity against size into this .png, .svg or .pdf")
     tasks: str | None = cli.option(None, "run these tasks of lm-eval, separated by commas")
     limit: int | None = cli.option(None, "look at this many examples of each task (default: all)")
     batch: int = cli.option(1, "windows or examples in one forward")
@@ -53,57 +59,30 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1; got {value}")
-        if self.text is None and not self.tasks:
+        if self.compare:
+            self._check_compare()
+        elif self.plot is not None:
+            raise ValueError("--plot draws what is compared; give --compare CKPT CKPT ...")
+        elif self.text is None and not self.tasks:
             raise ValueError("nothing to evaluate: give --text FILE, --tasks NAMES, or both")
 
-
-class Score(NamedTuple):
-    nll: float  # the sum of negative log likelihoods, in nats
-    greedy: bool  # every scored token was the most likely one
-
-
-@torch.no_grad()
-def score(generator: Generator, rows: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
-    """For each row of tokens, how likely its last `count` ones are, each given all before it; rows are (tokens, count).
-
-    Rows are padded on the right, which a causal model's earlier positions never see.
-    """
-    model, device = generator.model, generator.device
-    B, T = len(rows), max(len(tokens) for tokens, _ in rows) - 1
-    padded = torch.tensor([[*tokens, *[0] * (T + 1 - len(tokens))] for tokens, _ in rows])  # [B, T + 1]
-    scored = torch.zeros(B, T, dtype=torch.bool)
-    for row, (tokens, count) in enumerate(rows):
-        scored[row, len(tokens) - 1 - count : len(tokens) - 1] = True
-    nll, misses = torch.zeros(B, dtype=torch.float64), torch.zeros(B, dtype=torch.int64)
-    inputs, generator.cached = padded.to(device), []
-    chunk = max(1, generator.prefill_tokens // B)
-    for begin in range(0, T, chunk):
-        end = min(begin + chunk, T)
-        input_pos = torch.arange(begin, end, device=device).expand(B, -1)  # [B, T]
-        view = generator.cache.narrow(end, rows=B, tail=end - begin > 1)
-        hidden = model.hidden(inputs[:, begin:end], input_pos, view)  # [B, T, C]
-        row, column = scored[:, begin:end].nonzero(as_tuple=True)
-        for some in torch.arange(len(row)).split(max(1, LOGITS // model.config.vocab_size)):
-            x = hidden[row[some].to(device), column[some].to(device)]  # [N, C]
-            target = padded[row[some], begin + column[some] + 1].to(device)  # [N]
-            logits = model.logits(x[None])[0].float()  # [N, V]
-            nll.index_add_(0, row[some], F.cross_entropy(logits, target, reduction="none").cpu().double())
-            misses.index_add_(0, row[some], (logits.argmax(-1) != target).cpu().long())
-    return [Score(n, m == 0) for n, m in zip(nll.tolist(), misses.tolist(), strict=True)]
+    def _check_compare(self) -> None:
+        if len(self.compare) < 2:
+            raise ValueError(f"--compare takes a reference and models to hold against it; got {self.compare[0]} alone")
+        if self.text is None:
+            raise ValueError("--compare measures on a text; give --text FILE")
+        for name, remedy in (
+            ("checkpoint", "the first model of --compare is the reference"),
+            ("quantize", "write --compare CKPT+FORMAT"),
+            ("kv_dtype", "write --compare CKPT+kv-FORMAT"),
+            ("tasks", "run them for one model at a time"),
+            ("limit", "it is for --tasks"),
+        ):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --compare: {remedy}")
 
 
-def windows_of(tokens: Sequence[int], *, context: int, windows: int | None) -> list[tuple[Sequence[int], int]]:
-    """The rows to score: `context` tokens to predict each, and one to start from."""
-    most = (len(tokens) - 1) // context
-    if most < (windows or 1):
-        raise ValueError(
-            f"{windows or 1} windows of {context} tokens need {(windows or 1) * context + 1} tokens and the text has "
-            f"{len(tokens)}; give a longer --text, or less --windows or --context"
-        )
-    return [(tokens[i * context : (i + 1) * context + 1], context) for i in range(windows or most)]
-
-
-def perplexity(model: Transformer, tokenizer: Tokenizer, rows: list[tuple[Sequence[int], int]], o: Options) -> dict:
+def perplexity(model: Transformer, tokenizer: Tokenizer, rows: list[Row], o: Options) -> dict:
     """The text's figures, and how long they took, compiling apart."""
     generator = Generator(model, max_seq_len=o.context, batch_size=o.batch, compile=o.compile, kv_dtype=o.kv_dtype)
     groups = [rows[i : i + o.batch] for i in range(0, len(rows), o.batch)]
@@ -132,12 +111,6 @@ def perplexity(model: Transformer, tokenizer: Tokenizer, rows: list[tuple[Sequen
         "tok_s": tokens / seconds,
         "compile_s": compile_s,
     }
-
-
-def note(text: str, done: int, total: int) -> None:
-    """Progress, as a line on a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 class TaskModel:
@@ -261,7 +234,7 @@ def evaluate(options: Options) -> dict:
     check_kv_dtype(options.kv_dtype, device)
     start = time.perf_counter()
     source = checkpoint.open_checkpoint(options.checkpoint)
-    rows: list[tuple[Sequence[int], int]] = []
+    rows: list[Row] = []
     if options.text is not None:  # before the weights are read: it may turn out too short
         limit = source.config.max_seq_len
         if options.context > limit:
@@ -288,14 +261,40 @@ def evaluate(options: Options) -> dict:
     return result | {"peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9}
 
 
+def run_compare(options: Options) -> dict:
+    """The figures of all models, shown as they come to people, and drawn where asked for."""
+    if options.plot is not None:
+        compare.check_plot(options.plot)
+    models = []
+    for figures in compare.compare(options):
+        models.append(figures)
+        if not options.json:
+            head = [compare.table_head(options.compare)] if len(models) == 1 else []
+            print(*head, compare.table_line(figures, options.compare), sep="\n", flush=True)
+    if options.plot is not None:
+        compare.plot(models, options.plot)
+    device = hardware.pick_device(options.device)
+    return {
+        "text": str(options.text),
+        **{name: getattr(options, name) for name in ("context", "dtype", "batch", "compile")},
+        "device": hardware.device_name(device),
+        "models": models,
+        "peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9,
+    }
+
+
 def main(arguments: list[str]) -> None:
     parser = cli.Parser(prog="python -m scripts.evaluate", description=__doc__.split("\n\n")[0])
     cli.add_options(parser, Options)
     options = cli.take_options(Options, parser.parse_args(arguments))
-    result = evaluate(options)
+    result = run_compare(options) if options.compare else evaluate(options)
     if options.json:
         cli.print_json(result)
-        return
+    elif not options.compare:
+        show(result)
+
+
+def show(result: dict) -> None:
     print(f"{result['checkpoint']}, {weights_of(result)} on {result['device']}")
     if "perplexity" in result:
         per_byte = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""

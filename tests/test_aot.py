@@ -1,6 +1,7 @@
 """Libraries compiled ahead of time: made once, kept, remade when damaged, done without where they do not load."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from checkpoint import load_model, open_checkpoint
 from generate import Generator, Request
 from hf_config import hf_config
 from model import Transformer
+from quant.linears import Int4Linear, Recipe, Storage
 from tests.conftest import TINY, tiny_model
 
 
@@ -50,19 +52,33 @@ def test_a_damaged_library_is_made_anew(folder: Path) -> None:
     assert head.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["int8"])  # fp8 is alike but for how codes are read
-def test_quantized_layers_are_a_library_of_their_own(name: str, folder: Path) -> None:
+def test_quantized_layers_are_a_library_of_their_own(folder: Path) -> None:
+    stored = {"attention.qkv": "w8a8", "attention.o": "fp8", "ffn.gate_up": "int4", "ffn.down": "int4"}
+    exceptions = {f"layers.0.{name}": Storage(format, 32 * (format == "int4")) for name, format in stored.items()}
+    recipe = Recipe(format="int8", head="int8", symmetric=False, exceptions=exceptions)
+    config = replace(TINY, dim=64, ffn_dim=96, head_dim=16, n_heads=4, n_layers=1)
+
     def quantized() -> Transformer:
-        config = folder.parent / "config.json"
-        config.write_text(json.dumps(hf_config(TINY)))
-        source = open_checkpoint(f"random:{config}")
-        return load_model(source, device="cpu", dtype=torch.float32, quantize=name)
+        file = folder.parent / "config.json"
+        file.write_text(json.dumps(hf_config(config)))
+        return load_model(open_checkpoint(f"random:{file}"), device="cpu", dtype=torch.float32, quantize=recipe)
 
     model = quantized()
     before = set(folder.iterdir())
     aot.compile_for_cpu(model, folder)
     assert tokens(model) == tokens(quantized())
     assert sorted(path.name.split("-")[0] for path in set(folder.iterdir()) - before) == ["head", "layer"]
+
+
+def test_a_library_calls_the_operator_over_nibbles(folder: Path) -> None:
+    model = tiny_model(replace(TINY, dim=64, vocab_size=144), dtype=torch.bfloat16)
+    model.head = Int4Linear(64, 144, dtype=torch.bfloat16, group=32, symmetric=False)
+    model.head.pack_rows(0, torch.randn(144, 64))
+    x = torch.randn(1, 1, 64, dtype=torch.bfloat16)
+    expected = model.logits(x)
+    aot.compile_for_cpu(model, folder)
+    y = model.logits(x)
+    assert torch.equal(y, expected) or (y - expected).abs().max() < 2**-6 * expected.abs().max()
 
 
 def test_another_model_is_another_library(folder: Path) -> None:

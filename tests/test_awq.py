@@ -26,7 +26,7 @@ def seed() -> None:
 
 
 def seen(x: Tensor) -> Inputs:
-    return Inputs(hessian_of(x), x.abs().mean(0))
+    return Inputs(hessian_of(x), x.abs().mean(0), x.abs().amax(0))
 
 
 def empty(N: int, K: int, *, symmetric: bool = False, group: int = 32) -> Int4Linear:
@@ -95,6 +95,7 @@ def test_a_layer_computes_the_same_with_scales_folded_in(config: ModelConfig) ->
             atol = 1e-4 * now.hessian.max().item()
             torch.testing.assert_close(inputs[name].hessian, now.hessian, rtol=1e-3, atol=atol)
             torch.testing.assert_close(inputs[name].mean_abs, now.mean_abs, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(inputs[name].max_abs, now.max_abs, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(logits_of(model, tokens), wanted, rtol=1e-3, atol=1e-3)
 
 
@@ -144,7 +145,7 @@ def test_linears_of_8_bits_and_what_feeds_them_stay_as_they_are() -> None:
         assert torch.equal(kept[i][0], layer.ffn.down.weight)
         torch.testing.assert_close(kept[i][1], layer.ffn.gate_up.weight[80:] * layer.ffn_norm.weight)
         nearest.pack_rows(0, layer.ffn.down.weight)
-        assert torch.equal(model.layers[i].ffn.down.data, nearest.data)
+        assert torch.equal(model.layers[i].ffn.down.packed.data, nearest.data)
 
 
 # ---- Clipping -------------------------------------------------------------------------------------------------------
@@ -230,4 +231,4 @@ def test_a_model_without_4_bits_is_rounded_to_nearest() -> None:
     assert torch.equal(model.layers[0].ffn_norm.weight, plain.layers[0].ffn_norm.weight)
     nearest = Int8Linear(64, 320, dtype=torch.float32)
     nearest.pack_rows(0, plain.layers[0].ffn.gate_up.weight)
-    assert torch.equal(model.layers[0].ffn.gate_up.data, nearest.data)
+    assert torch.equal(model.layers[0].ffn.gate_up.packed.data, nearest.data)

@@ -30,7 +30,7 @@ from cache import StaticCache
 from checkpoint import load_model, open_checkpoint, save_model
 from hf_config import PRESETS, hf_config, read_config
 from model import Linear, RopeScaling, Transformer, rope_frequencies
-from quant.linears import RECIPES, QuantizedLinear
+from quant.linears import RECIPES, Int4Linear, QuantizedLinear
 from scripts import download
 from tests.conftest import MODELS, PROMPT, run_transformers
 
@@ -787,7 +787,8 @@ def test_gguf_types_are_read_as_the_library_dequantizes_them(kind, zoo, tmp_path
     kind = Kind[kind]
     file = tiny_gguf(tmp_path / "x.gguf", directory=zoo / "llama2", kinds=(kind,), vocabulary=False)
     stored = dict(open_checkpoint(str(zoo / "llama2")).tensors())
-    read = dict(open_checkpoint(str(file)).tensors())
+    opened = open_checkpoint(str(file))
+    read = dict((opened.widened or opened).tensors())
     assert read.keys() == stored.keys()
     for name, tensor in stored.items():
         if tensor.ndim == 1 or "q_proj" in name or "k_proj" in name:  # permuted before they were quantized
@@ -818,6 +819,80 @@ def test_gguf_k_quants_are_read_as_the_library_dequantizes_them(kind, tmp_path):
     got = gguf_reader.GGUFFile(file).read("w")
     assert got.shape == (4, 768)
     assert np.array_equal(got.numpy(), expected, equal_nan=True)
+
+
+def kept(file: Path) -> dict[str, tuple[str, int, bool]]:
+    """The quantized linears of a GGUF file's model, which has the logits of the floats that the file stands for."""
+    opened = open_checkpoint(str(file))
+    model, twin = load(file), load_model(opened.widened or opened, device="cpu", dtype=torch.float32)
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    found = {name: (module.format, module.group, module.zero is None) for name, module in modules}
+    assert torch.equal(model.embed.weight, twin.embed.weight) or "head" in found
+    assert torch.allclose(model.embed.weight, twin.embed.weight, atol=1e-6)
+    assert (logits_of(model) - logits_of(twin)).abs().max() < 1e-4
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen2"])  # with a head, tied, with rows that are not permuted
+@pytest.mark.parametrize("kinds", [(Kind.Q4_0,), (Kind.Q4_1,), (Kind.Q4_1, Kind.Q4_0)])
+def test_gguf_of_4_bits_is_kept_as_it_is(name, kinds, zoo, tmp_path):
+    arch = "qwen2" if name == "qwen2" else "llama"
+    file = tiny_gguf(tmp_path / "x.gguf", directory=zoo / name, arch=arch, kinds=kinds, vocabulary=False)
+    linears = kept(file)
+    assert set(linears.values()) == {("int4", 32, kinds == (Kind.Q4_0,))}
+    assert len(linears) == 4 * open_checkpoint(str(file)).config.n_layers + 1
+    assert open_checkpoint(str(file)).quantized == "gguf-int4-g32" + "-asymmetric" * (kinds != (Kind.Q4_0,))
+
+
+@pytest.mark.parametrize("other", [Kind.F16, Kind.Q8_0])
+def test_gguf_keeps_fused_matrices_where_all_parts_are_of_4_bits(other, zoo, tmp_path):
+    kinds = (Kind.Q4_0, Kind.Q4_0, Kind.Q4_0, Kind.Q4_0, other)  # five go round: another part in each layer
+    file = tiny_gguf(tmp_path / "x.gguf", directory=zoo / "llama2", kinds=kinds, vocabulary=False)
+    linears, stored = kept(file), gguf_reader.GGUFFile(file).infos
+    parts = {"attention.qkv": ("attn_q", "attn_k", "attn_v"), "attention.o": ("attn_output",)}
+    parts |= {"ffn.gate_up": ("ffn_gate", "ffn_up"), "ffn.down": ("ffn_down",)}
+    n_layers = open_checkpoint(str(file)).config.n_layers
+    for layer in range(n_layers):
+        for linear, names in parts.items():
+            alike = all(stored[f"blk.{layer}.{name}.weight"].kind == Kind.Q4_0 for name in names)
+            assert (f"layers.{layer}.{linear}" in linears) == alike
+    assert 0 < len(linears) < 4 * n_layers
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_0, Kind.F16])
+def test_gguf_of_other_types_is_widened(kind, zoo, tmp_path):
+    file = tiny_gguf(tmp_path / "x.gguf", directory=zoo / "llama2", kinds=(kind,), vocabulary=False)
+    assert open_checkpoint(str(file)).quantized is None
+    assert kept(file) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gguf_blocks_that_are_constant_stay_so(dtype):
+    """Q4_1's steps may be nothing, or nothing beside the least value, to which a zero then has no bounds."""
+    steps = torch.tensor([0.0, 0.0, 6e-8, 0.5, -0.25, 1e-3])
+    least = torch.tensor([0.75, 0.0, -2.0, -3.7, 1.9, 2.0])
+    codes = torch.randint(0, 16, (6, 32), dtype=torch.uint8)
+    halves = torch.stack((steps, least), -1).half().view(torch.uint8)
+    blocks = torch.cat((halves, codes[:, :16] | codes[:, 16:] << 4), -1)
+    matrix = gguf_reader._q4_1({"blocks": blocks.view(2, 3, 20)})
+    expected = torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), Kind.Q4_1)).view(2, 96)
+    linear = Int4Linear(96, 2, dtype=dtype, group=32, symmetric=False)
+    linear.store_rows(0, matrix.pack(linear))
+    for values in (matrix.dequantize(), linear.dequantize(torch.float32)):
+        assert torch.allclose(
+            values, expected, rtol=1e-6 if values.dtype == dtype else 0, atol=4 * torch.finfo(dtype).eps
+        )
+
+
+def test_gguf_of_4_bits_is_saved_and_quantized_anew(zoo, tmp_path):
+    file = tiny_gguf(tmp_path / "x.gguf", directory=zoo / "llama3", kinds=(Kind.Q4_1,), vocabulary=False)
+    opened, model = open_checkpoint(str(file)), load(file, torch.bfloat16)
+    logits = logits_of(model)  # which brings the codes into this CPU's order
+    save_model(model, tmp_path / "copy", recipe=opened.recipe)
+    assert open_checkpoint(str(tmp_path / "copy")).quantized == opened.quantized
+    assert torch.equal(logits_of(load(tmp_path / "copy", torch.bfloat16)), logits)
+    for name in RECIPES:
+        assert_packed_from(load_quantized(file, name), load_model(opened.widened, device="cpu", dtype=torch.float32))
 
 
 def test_gguf_mixed_types_run_close_to_the_original(zoo, reference, tmp_path):

@@ -1,10 +1,12 @@
 """scripts/evaluate.py: perplexity and likelihoods against plain torch, and what its command line says."""
 
+import gc
 import importlib.util
 import json
 import math
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,11 @@ import pytest
 import tokenizers
 import torch
 
+import checkpoint
 from checkpoint import load_model, open_checkpoint, save_model
 from generate import Generator
-from scripts import evaluate
+from quant.linears import RECIPES
+from scripts import bench, compare, evaluate, scoring
 from scripts.evaluate import Options, TaskModel
 from tests.conftest import TINY, new_cache, tiny_model
 
@@ -52,9 +56,9 @@ def options(directory, text) -> Options:
 
 
 @torch.no_grad()
-def log_probs(directory: Path, tokens: list[int]) -> torch.Tensor:
+def log_probs(directory: Path, tokens: list[int], *, quantize: str | None = None) -> torch.Tensor:
     """Log probabilities [T, V] after each of the tokens, in one plain pass."""
-    model = load_model(open_checkpoint(str(directory)), device="cpu", dtype=torch.float32)
+    model = load_model(open_checkpoint(str(directory)), device="cpu", dtype=torch.float32, quantize=quantize)
     T = len(tokens)
     logits = model(torch.tensor([tokens]), torch.arange(T)[None], new_cache(model, batch=1, length=T))
     return logits[0].double().log_softmax(-1)
@@ -88,7 +92,7 @@ def test_perplexity_is_that_of_a_plain_computation(options, directory, context, 
 
 def test_logits_and_prompts_in_small_pieces_change_nothing(options, monkeypatch):
     expected = evaluate.evaluate(replace(options, batch=3))["nll"]
-    monkeypatch.setattr(evaluate, "LOGITS", 5 * 257)
+    monkeypatch.setattr(scoring, "LOGITS", 5 * 257)
     monkeypatch.setattr(Generator, "prefill_tokens", 21)
     assert evaluate.evaluate(replace(options, batch=3))["nll"] == pytest.approx(expected, rel=1e-6)
 
@@ -171,6 +175,177 @@ def test_tasks_without_lm_eval_say_how_to_get_it(options, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--tasks needs lm-eval, which is not installed: pip install -e \.\[eval\]"):
         evaluate.evaluate(replace(options, tasks="hellaswag"))
+
+
+# ---- Models side by side --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(options, directory, cache_folder, monkeypatch) -> Options:
+    """Comparing the model with what it is in 8 bits; decoding is not what takes the time."""
+    monkeypatch.setenv("TACHYON_CACHE", str(cache_folder))
+    monkeypatch.setattr(compare, "SPEED", {"prompt_len": 4, "new_tokens": 3, "repeats": 1})
+    names = (str(directory), f"{directory}+int8", f"{directory}+fp8")
+    return replace(options, checkpoint=checkpoint.DEFAULT_CHECKPOINT, compare=names, windows=3)
+
+
+@pytest.mark.parametrize(("batch", "logits"), [(1, 2**25), (2, 2**25), (2, 5 * 257)])
+def test_divergence_and_agreement_are_those_of_a_plain_computation(
+    compared, directory, batch, logits, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(scoring, "LOGITS", logits)
+    another, config = tmp_path / "another", replace(TINY, vocab_size=257, max_seq_len=LIMIT)
+    save_model(tiny_model(config, seed=1), another, tokenizer=open_checkpoint(str(directory)).tokenizer)
+    names = (str(directory), f"{directory}+int8", str(another))
+    plain, *others = evaluate.run_compare(replace(compared, compare=names, batch=batch))["models"]
+    assert (plain["kl"], plain["agreement"]) == (0.0, 1.0)
+    assert plain["nll"] == pytest.approx(slow_nll(directory, context=32, windows=3), rel=1e-5)
+    tokens = open_checkpoint(str(directory)).tokenizer.encode(TEXT, special=False)
+    for figures, (folder, quantize) in zip(others, ((directory, "int8"), (another, None)), strict=True):
+        divergence = agreed = nll = 0.0
+        for i in range(0, 96, 32):
+            p = log_probs(directory, tokens[i : i + 32])
+            q = log_probs(folder, tokens[i : i + 32], quantize=quantize)
+            divergence += (p.exp() * (p - q)).sum().item() / 96
+            agreed += (p.argmax(-1) == q.argmax(-1)).sum().item() / 96
+            nll -= q[torch.arange(32), tokens[i + 1 : i + 33]].sum().item() / 96
+        assert figures["kl"] == pytest.approx(divergence, rel=1e-3) and figures["kl"] > 0
+        assert figures["agreement"] == pytest.approx(agreed)
+        assert figures["nll"] == pytest.approx(nll, rel=1e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+
+
+def test_size_counts_a_tied_head_once_and_scales(compared, directory, tmp_path):
+    source, config = open_checkpoint(str(directory)), replace(TINY, vocab_size=257, max_seq_len=LIMIT, tied_head=True)
+    save_model(tiny_model(config), tmp_path / "tied", tokenizer=source.tokenizer)
+    names = (str(tmp_path / "tied"), f"{tmp_path / 'tied'}+int8")
+    plain, int8 = evaluate.run_compare(replace(compared, compare=names))["models"]
+    layers = 2 * (48 * (48 + 2 * 16) + 48 * 48 + 3 * 48 * 80)
+    norms, rows = 5 * 48, 2 * (80 + 48 + 160 + 48) + 257
+    assert plain["bytes"] == 4 * (257 * 48 + layers + norms)
+    assert int8["bytes"] == 4 * (257 * 48 + norms + rows) + 257 * 48 + layers
+    assert plain["bits_per_weight"] == 32
+    assert int8["bits_per_weight"] == pytest.approx(8 + 32 * rows / (257 * 48 + layers))
+    assert (plain["quantize"], int8["quantize"]) == (None, "int8")
+
+
+def test_models_are_held_one_at_a_time(compared, monkeypatch):
+    models = []
+
+    def load(*args, **options):
+        gc.collect()
+        assert all(model() is None for model in models)
+        models.append(weakref.ref(model := load_model(*args, **options)))
+        return model
+
+    monkeypatch.setattr(checkpoint, "load_model", load)
+    evaluate.run_compare(compared)
+    assert len(models) == 3
+
+
+def test_speed_is_what_bench_measures(compared, monkeypatch):
+    seen = []
+    time_model = bench.time_model
+    monkeypatch.setattr(
+        bench, "time_model", lambda *args, **options: seen.append(time_model(*args, **options)) or seen[-1]
+    )
+    models = evaluate.run_compare(compared)["models"]
+    assert [m["decode_tok_s"] for m in models] == [s["decode_tok_s"] for s in seen]
+    assert all(0 < m["bandwidth_fraction"] == pytest.approx(m["decode_gbs"] / 10) for m in models)
+
+
+def test_a_comparison_is_a_table_or_one_document(compared, directory, text, capsys):
+    arguments = ["--compare", *compared.compare, "--text", text, "--context", 32, "--device", "cpu"]
+    evaluate.main([str(a) for a in arguments])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(compared.compare)
+    evaluate.main([str(a) for a in (*arguments, "--json")])
+    document = json.loads(capsys.readouterr().out)
+    assert [m["model"] for m in document["models"]] == list(compared.compare)
+    assert (document["context"], document["text"], document["dtype"]) == (32, str(text), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("item", "spec", "quantize"),
+    [
+        ("smollm2-135m", "smollm2-135m", None),
+        ("smollm2-135m+int8", "smollm2-135m", "int8"),
+        ("models/a+b.gguf+int4", "models/a+b.gguf", "int4"),
+        ("there+int8", "there+int8", None),
+        ("there+int8+fp8", "there+int8", "fp8"),
+        ("./+int8", "./", "int8"),
+        ("org/name@v1+cuda", "org/name@v1+cuda", None),
+        ("org/name@v1+cuda+int4", "org/name@v1+cuda", "int4"),
+    ],
+)
+def test_what_follows_a_plus_is_done_while_loading_unless_it_is_a_files_name(
+    item, spec, quantize, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there+int8").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a+b.gguf").touch()
+    variant = compare.parse_variant(item)
+    assert (variant.name, variant.checkpoint, variant.quantize) == (item, spec, quantize)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compare": ("a",)}, "takes a reference and models to hold against it; got a alone"),
+        ({"text": None}, "--compare measures on a text; give --text FILE"),
+        ({"checkpoint": "other"}, "--checkpoint does not go with --compare: the first model of --compare is"),
+        ({"quantize": "int8"}, "--quantize does not go with --compare: write --compare CKPT+FORMAT"),
+        ({"tasks": "hellaswag"}, "--tasks does not go with --compare"),
+        ({"compare": (), "plot": Path("a.png")}, "--plot draws what is compared; give --compare"),
+        (
+            {"compare": ("a+int9", "b")},
+            "--compare a+int9: no such file, and 'int9' after the plus is none of int8, int4",
+        ),
+        ({"compare": ("a+int8+fp8", "b")}, "--compare a+int8+fp8 asks for two things at once; leave out +int8"),
+        ({"compare": ("nothing", "b")}, "unknown checkpoint 'nothing'"),
+        ({"context": LIMIT + 1}, f"--context {LIMIT + 1} is more than the {LIMIT} that "),
+        ({"windows": 99}, "99 windows of 32 tokens need 3169 tokens and the text has 177"),
+        (
+            {"plot": Path("picture.gif")},
+            "--plot picture.gif is no kind of picture that is written; end its name in .png",
+        ),
+        ({"plot": Path("nowhere/a.png")}, "--plot nowhere/a.png cannot be written: nowhere has to be a folder"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_refused_before_a_model_loads(compared, arguments, message, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **options: pytest.fail("began to work"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError) as error:
+        evaluate.run_compare(replace(compared, **arguments))
+    assert message in str(error.value)
+
+
+def test_what_is_quantized_is_not_quantized_again(compared, directory, tmp_path, monkeypatch):
+    source = open_checkpoint(str(directory))
+    model = load_model(source, device="cpu", dtype=torch.float32, quantize="int8")
+    save_model(model, tmp_path / "small", tokenizer=source.tokenizer, recipe=RECIPES["int8"])
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **options: pytest.fail("began to work"))
+    with pytest.raises(ValueError, match=r"small is quantized already \(int8\)"):
+        evaluate.run_compare(replace(compared, compare=(str(directory), f"{tmp_path / 'small'}+fp8")))
+
+
+def test_models_of_other_tokens_are_not_compared(compared, directory, tiny_directory):
+    with pytest.raises(ValueError, match=r"do not read the text as the same tokens; only models with the same"):
+        evaluate.run_compare(replace(compared, compare=(str(directory), str(tiny_directory))))
+
+
+def test_a_picture_is_drawn(compared, tmp_path):
+    pytest.importorskip("matplotlib")
+    evaluate.run_compare(replace(compared, plot=tmp_path / "a.png"))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_matplotlib_says_how_to_get_it(compared, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--plot needs matplotlib, which is not installed: pip install -e \.\[eval\]"):
+        evaluate.run_compare(replace(compared, plot=Path("a.png")))
 
 
 # ---- Tasks ----------------------------------------------------------------------------------------------------------

@@ -149,6 +149,20 @@ def test_finishing_a_request_from_outside_ends_it(generator: Generator) -> None:
     assert [len(r.token_ids) for r in requests] == [3, 20]
 
 
+@pytest.mark.parametrize("new", [1, 2, 5, 6, 24])
+@pytest.mark.parametrize("params", [{}, SAMPLED])
+def test_steps_in_bursts_give_the_same_tokens(generator: Generator, new: int, params: dict) -> None:
+    bursts = Generator(tiny_model(), max_seq_len=256, batch_size=4)
+    bursts.burst, bursts.tokens = 4, bursts.tokens.new_zeros(4, 4, 1)  # as on a GPU
+    for prompts in ([prompt(5)], [prompt(3), prompt(40), prompt(8)]):
+        assert answers(bursts, prompts, new, **params) == answers(generator, prompts, new, **params)
+    stop = frozenset(answers(generator, [prompt(5)], 24, **params)[0][2:3])
+    ended = [
+        Request(prompt=prompt(5), params=SamplingParams(**params), max_new_tokens=new, stop_ids=stop) for _ in "ab"
+    ]
+    assert run(bursts, ended[0]) == run(generator, ended[1])
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64])
 def test_prefill_in_chunks_gives_the_same_tokens(generator: Generator, chunk: int) -> None:
     generator.prefill_tokens = chunk

@@ -17,6 +17,7 @@ from quant.linears import (
     BYTES,
     NIBBLES,
     RECIPES,
+    Codes,
     Fp8Linear,
     Int4Linear,
     Int8Linear,
@@ -178,6 +179,30 @@ def test_asymmetric_takes_the_whole_range_of_a_group_on_one_side() -> None:
     assert rounded.codes.amax() == 15
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_clipped_span_leaves_no_group_a_larger_error(bits: int, symmetric: bool) -> None:
+    weight = torch.randn(40, 128)
+    weight[0], weight[1, 32:64] = 0, 0
+    weight[2, 5], weight[3, 70] = torch.nan, torch.inf
+    options = {"group": 32, "symmetric": symmetric, "dtype": torch.bfloat16, "bits": bits}
+
+    def error(codes: Codes) -> torch.Tensor:
+        zero = 8 if codes.zero is None else codes.zero.float()[..., None]
+        steps = codes.codes.unflatten(1, (-1, 32)).float() - zero
+        return (steps * codes.scale.float()[..., None] - weight.unflatten(1, (-1, 32))).square().sum(-1)
+
+    plain, clipped = round_int4(weight, **options), round_int4(weight, **options, clip=True)
+    finite = weight.unflatten(1, (-1, 32)).isfinite().all(-1)
+    assert (error(clipped) <= error(plain))[finite].all()
+    assert error(clipped)[finite].sum() < 0.98 * error(plain)[finite].sum()
+    assert torch.equal(clipped.scale.isfinite(), finite) and torch.equal(plain.scale.isfinite(), finite)
+    assert not error(clipped)[0].any() and error(clipped)[1, 1] == 0
+    low, high = (8 - 2 ** (bits - 1), 7 + 2 ** (bits - 1)) if symmetric else (0, 2**bits - 1)
+    for codes in (plain.codes, clipped.codes):
+        assert low <= codes[4:].min() and codes.max() == high
+
+
 # ---- The linears ----------------------------------------------------------------------------------------------------
 
 
@@ -207,13 +232,121 @@ def test_forward_is_a_product_with_the_dequantized_matrix(kind: str, dtype: torc
         assert (y - expected).abs().max() < 30 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
 
 
+# ---- In a CPU's order ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [16, 80, 144])
+@pytest.mark.parametrize("rows", [64, 32])
+def test_row_blocks_unpack_what_they_pack(rows: int, N: int) -> None:
+    codes = torch.randint(0, 16, (N, 96), dtype=torch.uint8)
+    order = linears.RowBlocks(rows)
+    data = order.pack(codes)
+    assert (data.dtype, data.shape) == (torch.uint8, (N * 48,))
+    assert torch.equal(order.unpack(data, 96), codes)
+
+
+def test_this_cpus_order_of_nibbles_is_known() -> None:
+    """Where it is not, products are right but slow."""
+    order = linears.cpu_nibbles()
+    if order is None:
+        pytest.skip("an order that is not known")
+    codes = torch.randint(0, 16, (176, 64), dtype=torch.uint8)
+    assert torch.equal(order.pack(codes), torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2).flatten())
+
+
+def fractional(linear: QuantizedLinear) -> QuantizedLinear:
+    """As other libraries may have them, zeros between codes."""
+    if linear.zero is not None:
+        linear.zero.add_(torch.rand_like(linear.zero) - 0.5)
+    return linear
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_compiled_for_one_row_gives_the_same(kind: str) -> None:
-    linear = made(kind, torch.randn(7, 192), torch.randn(7)).requires_grad_(False)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [80, 23])  # whole blocks of rows and a rest; what the 4-bit operator does not take
+@pytest.mark.parametrize("few", [64, 4])  # also where 16 rows are many
+def test_a_product_on_the_cpu_is_one_with_the_dequantized_matrix(
+    kind: str, dtype: torch.dtype, N: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Int4Linear, "few", few)
+    monkeypatch.setattr(linears, "SLICE", 64 * 192)  # several slices
+    bias = torch.randn(N, dtype=dtype)
+    linear = fractional(made(kind, torch.randn(N, 192, dtype=dtype), bias))
+    matrix = linear.dequantize(torch.float32)
+    for M in (65, 1, 2, 7, 16):  # many first, so that none has settled it
+        x = torch.randn(M, 192, dtype=dtype)
+        expected = x.float() @ matrix.t() + bias.float()
+        # fp32: sums in another order. 16 bits: the matrix, scales or the product rounded, then the sum with the bias.
+        loose = (30 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+        assert (linear(x) - expected).abs().max() < loose * expected.abs().max().clamp(min=10), M
+    operator = dtype == torch.bfloat16 and N % 16 == 0 and linears.cpu_nibbles() is not None
+    assert (linear.native is not None) == (linear.format != "int4" or operator)
+    assert torch.equal(linear.dequantize(torch.float32), matrix)
+    assert torch.equal(linear.dequantize(torch.float32, slice(N - 11, N - 2)), matrix[N - 11 : N - 2])
+
+
+def test_a_product_before_its_scale_does_not_leave_fp16s_range() -> None:
+    linear = made("int8", torch.full((16, 192), 0.01, dtype=torch.float16))
+    assert torch.allclose(
+        linear(torch.full((40, 192), 100.0, dtype=torch.float16)).float(), torch.tensor(192.0), rtol=0.01
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settled", [True, False])
+def test_compiled_it_gives_the_same(kind: str, dtype: torch.dtype, settled: bool) -> None:
+    linear = fractional(made(kind, torch.randn(80, 192, dtype=dtype), torch.randn(80))).requires_grad_(False)
+    inputs = [torch.randn(shape, dtype=dtype) for shape in ((1, 1, 192), (2, 192))]
+    expected = [linear(x) for x in inputs]
+    if not settled:
+        linear._unsettle()
+    torch._dynamo.reset()
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
-    for shape in ((1, 1, 192), (2, 192)):
-        x = torch.randn(shape)
-        assert torch.allclose(compiled(x), linear(x), atol=1e-4)
+    for x, y in zip(inputs, expected, strict=True):
+        assert compiled(x).dtype == dtype
+        loose = {torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
+        assert torch.allclose(compiled(x).float(), y.float(), rtol=8 * torch.finfo(dtype).eps, atol=loose)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_leave_what_is_stored_as_it_was_in_the_same_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "PIECE", 64 * 192)  # several pieces
+    linear = fractional(made(kind, torch.randn(208, 192, dtype=torch.bfloat16)))
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    data, nbytes = linear.data.data_ptr(), linear.nbytes
+    linear(torch.ones(1, 192, dtype=torch.bfloat16))
+    assert linear.data is None
+    assert linear.native.data_ptr() == data
+    assert linear.nbytes <= nbytes
+    after = linear.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(linear.packed.data, before["data"])
+    twin = made(kind, torch.zeros(208, 192, dtype=torch.bfloat16))
+    twin(torch.ones(1, 192, dtype=torch.bfloat16))
+    twin.load_state_dict(after)
+    assert torch.equal(twin.dequantize(torch.float32), linear.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_may_be_stored_after_a_product(kind: str) -> None:
+    weight = torch.randn(80, 192, dtype=torch.bfloat16)
+    linear, twin = made(kind, torch.randn_like(weight)), made(kind, weight)
+    linear(weight[:1])
+    linear.pack_rows(0, weight)
+    assert torch.equal(linear(weight[:1]), twin(weight[:1]))
+    assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in linear.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="no operators")
+@pytest.mark.parametrize(("kind", "name"), [("int8", "_weight_int8pack_mm"), ("int4", "_weight_int4pack_mm_for_cpu")])
+def test_few_rows_run_an_operator_over_codes(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, operator, calls = made(kind, torch.randn(80, 192, dtype=torch.bfloat16)), getattr(torch, name), []
+    monkeypatch.setattr(torch, name, lambda *args: calls.append(len(args[0])) or operator(*args))
+    for M in (1, 16, 200):
+        linear(torch.ones(M, 192, dtype=torch.bfloat16))
+    assert calls == [1, 16]
 
 
 def test_another_methods_codes_are_stored_as_they_are() -> None:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -21,9 +22,12 @@ import generate
 import quantize
 from checkpoint import load_model, open_checkpoint, save_model
 from model import Transformer
+from quant import awq, gptq, resume
 from quant.linears import QuantizedLinear, Recipe, Storage
+from quant.resume import WorkFolder
 from scripts import bench, evaluate
 from tests.conftest import TINY, new_cache, tiny_model
+from tests.test_checkpoint import tiny_gguf
 from tokenizer import load_tokenizer
 
 ROOT = Path(quantize.__file__).parent
@@ -127,6 +131,17 @@ def test_a_checkpoint_loads_as_rounding_on_the_fly_would_make_it_bit_for_bit(nam
     assert same(loaded, load(sources[model], quantize=recipe))
     assert open_checkpoint(str(tmp_path / "out")).quantized == name
     assert loaded.embed.weight is not getattr(loaded.head, "weight", None)
+
+
+def test_a_gguf_of_4_bits_is_quantized_anew_from_what_it_stands_for(run, tmp_path):
+    file = tiny_gguf(tmp_path / "x.gguf", kinds=(gguf.GGMLQuantizationType.Q4_1,))
+    run("--checkpoint", file, "--bits", "8", "--output", "out")
+    assert open_checkpoint(str(file)).quantized == "gguf-int4-g32-asymmetric"
+    assert same(load("out"), load(file, quantize="int8"))
+    (tmp_path / "text").write_text("ab a ab ab a a " * 9)
+    calibration = ("--method", "gptq", "--calibration", "text", "--samples", 2, "--seq-len", 8)
+    run("--checkpoint", file, "--bits", "8", *calibration, "--output", "by-gptq")
+    assert open_checkpoint("by-gptq").quantized == "gptq-int8"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -353,10 +368,13 @@ def test_an_output_is_needed(sources, refused):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--bits", 3], ["--bits 3 --format int", "4 int, 8 int and 8 fp"]),
+        (["--bits", 2], ["--bits 2 --format int", "3 int, 4 int, 8 int and 8 fp"]),
+        (["--bits", 3, "--format", "fp"], ["--bits 3 --format fp"]),
         (["--bits", 4, "--format", "fp"], ["--bits 4 --format fp"]),
-        (["--bits", 8, "--group-size", 64], ["--group-size", "--bits 4"]),
-        (["--bits", 8, "--symmetric"], ["--symmetric", "--bits 4"]),
+        (["--bits", 8, "--group-size", 64], ["--group-size", "--bits 3 or 4"]),
+        (["--bits", 8, "--symmetric"], ["--symmetric", "--bits 3 or 4"]),
+        (["--bits", 8, "--clip"], ["--clip", "--bits 3 or 4"]),
+        (["--method", "awq", "--calibration", "x", "--clip"], ["awq", "--clip"]),
         (["--group-size", 48], ["--group-size", "128, 64, 32", "48"]),
         (["--method", "magic"], ["'magic'", "rtn"]),
     ],
@@ -381,9 +399,14 @@ def test_weights_that_are_not_finite_leave_nothing(sources, refused, tmp_path):
     assert "layers.1.ffn.gate_up.weight has NaN or infinity" in message
 
 
-def test_random_weights_are_refused_by_name(sources, refused):
-    message = refused("--checkpoint", f"random:{sources['plain']}", "--output", "out")
-    assert "its weights are random" in message
+def test_random_weights_are_calibrated_on_random_tokens_and_have_no_tokenizer(sources, run, refused, tmp_path):
+    spec = f"random:{sources['plain']}"
+    run("--checkpoint", spec, "--output", "rtn")
+    run("--checkpoint", spec, "--output", "gptq", "--method", "gptq", "--samples", 2, "--seq-len", 16)
+    assert kinds(load("rtn")) == kinds(load("gptq"))
+    assert not same(load("rtn"), load("gptq"))
+    options = ["--method", "gptq", "--calibration", TEXT]
+    assert "its weights are random" in refused("--checkpoint", spec, "--output", "out", *options)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(sources, tmp_path):
@@ -416,7 +439,7 @@ def test_another_quantization_is_refused_by_its_name(sources, run, refused, tmp_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": "int3"}, ["'int3'", "int8, int4, fp8 and float"]),
+        ({"format": "int2"}, ["'int2'", "int8, w8a8, int4, int3, fp8, float"]),
         ({"format": None}, ["None"]),
         ({"group_size": 48}, ["48", "128, 64, 32"]),
         ({"symmetric": "no"}, ["symmetric"]),
@@ -512,8 +535,8 @@ def test_awq_changes_norms_and_biases_and_the_checkpoint_carries_them(sources, r
         seq_len=32,
     )
     source = open_checkpoint(options.checkpoint)
-    where = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "report": quantize.Report(2)}
-    made = quantize.by_awq(source, options, **where)
+    where = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "report": quantize.Report(9)}
+    made = quantize.by_awq(source, options, recipe=options.recipe_for(source.config), **where)
     assert same(saved, made)
     plain = load(sources["biased"])
     for name in ("attention_norm.weight", "ffn_norm.weight", "attention.qkv.bias"):
@@ -532,7 +555,8 @@ def test_awq_changes_norms_and_biases_and_the_checkpoint_carries_them(sources, r
         (["--method", "awq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["awq", "--bits 4", "--format fp"]),
         (["--method", "awq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
         (["--method", "gptq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["gptq", "--format fp"]),
-        (["--method", "gptq", "--calibration", TEXT, "--samples", 0], ["at least 1", "0"]),
+        (["--method", "gptq", "--calibration", TEXT, "--samples", 0], ["--samples must be at least 1; got 0"]),
+        (["--method", "awq", "--calibration", TEXT, "--seq-len", -1], ["--seq-len must be at least 1; got -1"]),
         (["--method", "gptq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
         (["--method", "gptq", "--calibration", "missing.txt"], ["missing.txt"]),
     ],
@@ -540,3 +564,235 @@ def test_awq_changes_norms_and_biases_and_the_checkpoint_carries_them(sources, r
 def test_a_calibration_that_cannot_be_is_refused(options, words, sources, refused, tmp_path):
     line = refused("--checkpoint", sources["plain"], *options, "--output", tmp_path / "out")
     assert all(word in line for word in words)
+
+
+# ---- Stopped, and begun again ----------------------------------------------------------------------------------------
+
+
+def calibrated(sources: dict[str, Path], method: str = "gptq", output: str = "out", *more: object) -> list[object]:
+    command = ["--checkpoint", sources["biased"], "--method", method, "--calibration", TEXT, "--output", output]
+    return [*command, "--samples", 16, "--seq-len", 64, "--json", *more]  # enough to aim by
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch, run) -> Callable[..., None]:
+    """Run a command that ends with `error` when it has done its first layer and begins to keep its second."""
+
+    def stop(*options: object, error: type[BaseException] = KeyboardInterrupt) -> None:
+        save = WorkFolder.save
+
+        def save_first(self: WorkFolder, layer: int, *args: object) -> None:
+            if layer == 1:
+                raise error("stopped")
+            save(self, layer, *args)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(WorkFolder, "save", save_first)
+            run(*options)
+
+    return stop
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_run_that_was_stopped_goes_on_and_ends_bit_for_bit_the_same(method, sources, run, stop, monkeypatch, capsys):
+    whole = json.loads(run(*calibrated(sources, method, "whole"))[0])
+    stop(*calibrated(sources, method))
+    assert "the same command goes on after them" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert sorted(file.name for file in Path(".out.work").iterdir()) == ["layer-00000.safetensors", "run.json"]
+    Path(".out.work/.layer-00001.safetensors.part").write_bytes(b"half of it")  # as a kill while writing leaves
+    chosen = []
+    module = {"gptq": gptq, "awq": awq}[method]
+    choose = module.choose_codes
+    monkeypatch.setattr(module, "choose_codes", lambda *args, **more: chosen.append(1) or choose(*args, **more))
+    out, err = run(*calibrated(sources, method))
+    resumed = json.loads(out)
+    assert len(chosen) == 4  # linears of the second layer
+    assert "goes on after layer 1 of 2, from " in err and err.count("layers.0.ffn.down: ") == 1
+    for key in ("linears", "relative_error", "bytes", "quantize"):
+        assert resumed[key] == whole[key]
+    for file in Path("whole").iterdir():
+        assert (Path("out") / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not Path(".out.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--group-size", 32], "--group-size"),
+        (["--exclude", "lm_head"], "--exclude"),
+        (["--seed", 1], "--seed"),
+        (["--method", "awq"], "--method"),
+        (["--dtype", "float32"], "--dtype"),
+        (["--checkpoint", "other"], "--checkpoint"),
+    ],
+)
+def test_layers_of_another_run_are_refused_and_kept(changes, words, sources, run, stop, refused, tmp_path):
+    tensors = load_file(sources["biased"] / "model.safetensors")
+    shutil.copytree(sources["biased"], "other")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, "other/model.safetensors")
+    stop(*calibrated(sources))
+    message = refused(*calibrated(sources), *changes)
+    assert f"{tmp_path}/.out.work holds layers of an unfinished run with other " in message and words in message
+    assert "goes on after layer 1" in run(*calibrated(sources))[1]
+
+
+def test_a_damaged_layer_is_made_again(sources, run, stop):
+    run(*calibrated(sources, "gptq", "whole"))
+    stop(*calibrated(sources))
+    file = Path(".out.work/layer-00000.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "goes on" not in run(*calibrated(sources))[1]
+    assert same(load("out"), load("whole"))
+
+
+def test_what_would_fail_again_keeps_nothing(sources, stop):
+    stop(*calibrated(sources), error=ValueError)
+    assert not Path(".out.work").exists() and not Path("out").exists()
+
+
+@pytest.mark.parametrize("place", [resume, checkpoint])  # where a layer is kept, where the model is written
+def test_a_full_disk_keeps_the_layers_before_and_the_same_command_goes_on(place, sources, run, monkeypatch, capsys):
+    save, files = place.save_file, []
+
+    def full(tensors: dict, path: Path, **options: object) -> None:
+        files.append(path)
+        if len(files) == (2 if place is resume else 1):
+            path.write_bytes(b"half")
+            raise SafetensorError("No space left on device")
+        save(tensors, path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(place, "save_file", full)
+        run(*calibrated(sources))
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: cannot write ") and "No space left on device" in last
+    assert not Path("out").exists() and not [path for path in Path().rglob("*") if "part" in path.name]
+    assert f"goes on after layer {1 if place is resume else 2} of 2" in run(*calibrated(sources))[1]
+    assert open_checkpoint("out").recipe.method == "gptq" and not Path(".out.work").exists()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_weights_that_are_not_finite_are_found_before_the_work(method, sources, refused, monkeypatch):
+    monkeypatch.setattr(quantize, "calibrate", lambda *args, **options: pytest.fail("began to work"))
+    shutil.copytree(sources["biased"], "bad")
+    tensors = load_file("bad/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, "bad/model.safetensors")
+    message = refused(*calibrated(sources, method), "--checkpoint", "bad")
+    assert "layers.1.ffn.gate_up.weight has NaN or infinity as bfloat16" in message
+
+
+# ---- Some linears otherwise ------------------------------------------------------------------------------------------
+
+
+def test_excluded_linears_keep_their_weights_and_the_config_says_so(sources, run):
+    options = ["--exclude", "model.layers.0.*", "--exclude", "lm_head"]
+    for method in (["--method", "rtn"], ["--method", "gptq", "--calibration", TEXT, "--samples", 2, "--seq-len", 16]):
+        shutil.rmtree("out", ignore_errors=True)
+        out, _ = run("--checkpoint", sources["tied"], "--output", "out", *options, *method, "--json")
+        assert list(json.loads(out)["linears"]) and all("layers.1." in name for name in json.loads(out)["linears"])
+        loaded, plain = load("out"), load(sources["tied"])
+        assert torch.equal(loaded.layers[0].attention.qkv.weight, plain.layers[0].attention.qkv.weight)
+        assert loaded.head.weight is loaded.embed.weight
+        assert all(name.startswith("layers.1.") for name in kinds(loaded)) and len(kinds(loaded)) == 4
+        said = json.loads(Path("out/config.json").read_text())["quantization_config"]["exceptions"]
+        assert said["model.layers.0.mlp.up_proj"] == said["lm_head"] == {"format": "float"}
+
+
+RULES = {
+    "model.layers.1.mlp.down_proj": {"format": "fp8"},
+    "*.down_proj": {"bits": 8},
+    "*.mlp.*": {"bits": 3, "group_size": 32},
+    "lm_head": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_the_first_rule_that_matches_says_how_a_linear_is_stored(method, sources, run):
+    Path("rules.json").write_text(json.dumps(RULES))
+    options = [] if method == "rtn" else ["--calibration", TEXT, "--samples", 4, "--seq-len", 32]
+    options += ["--method", method, "--recipe", "rules.json", "--exclude", "*.0.self_attn.o_proj"]
+    out, _ = run("--checkpoint", sources["biased"], "--output", "out", *options, "--json")
+    formats = {name: (said["format"], said["group_size"]) for name, said in json.loads(out)["linears"].items()}
+    assert formats == {
+        "layers.0.attention.qkv": ("int4", 128),
+        "layers.0.ffn.gate_up": ("int3", 32),
+        "layers.0.ffn.down": ("int8", None),
+        "layers.1.attention.qkv": ("int4", 128),
+        "layers.1.attention.o": ("int4", 64),
+        "layers.1.ffn.gate_up": ("int3", 32),
+        "layers.1.ffn.down": ("fp8", None),
+        "head": ("int4", 128),
+    }
+    loaded = load("out")
+    for name, (format, group) in formats.items():
+        assert loaded.get_submodule(name).storage == (format, group or 0)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ("{", ["rules.json is not JSON"]),
+        ([1], ["rules.json has to hold an object"]),
+        ({"lm_head": 8}, ["'lm_head' has 8"]),
+        ({"lm_head": {"bits": 8, "grup_size": 32}}, ["'lm_head' has 'grup_size'"]),
+        ({"lm_head": {}}, ["'lm_head' has to have either bits or format"]),
+        ({"lm_head": {"bits": 8, "format": "int8"}}, ["either bits or format"]),
+        ({"lm_head": {"bits": 5}}, ["bits 5; there are 3, 4, 8"]),
+        ({"lm_head": {"bits": True}}, ["bits True"]),
+        ({"lm_head": {"format": "int2"}}, ["'int2'; there are int8, w8a8, int4, int3, fp8, float"]),
+        ({"lm_head": {"bits": 8, "group_size": 32}}, ["group_size", "int8 has none"]),
+        ({"lm_head": {"bits": 4, "group_size": 48}}, ["group_size 48; there are 128, 64, 32"]),
+        (
+            {"lm_head": {"bits": 8}, "model.layers.7.*": {"bits": 8}},
+            ["'model.layers.7.*' matches no linear", "lm_head"],
+        ),
+        ({"model.embed_tokens": {"bits": 8}}, ["'model.embed_tokens' matches no linear"]),
+        ({"*.q_proj": {"bits": 8}}, ["layers.0.self_attn.q_proj is to be stored unlike", "k_proj", "one matrix"]),
+        ({"*.q_proj": {"bits": 8}, "*": {"bits": 3}}, ["q_proj", "one matrix"]),
+        ({"*": {"format": "float"}}, ["nothing is left to quantize"]),
+    ],
+)
+def test_a_recipe_file_that_makes_no_sense_is_named_before_the_work(rules, words, sources, refused, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args, **options: pytest.fail("began to work"))
+    Path("rules.json").write_text(rules if isinstance(rules, str) else json.dumps(rules))
+    message = refused("--checkpoint", sources["plain"], "--output", "out", "--recipe", "rules.json")
+    assert all(word in message for word in words), message
+
+
+def test_a_recipe_file_that_is_missing_and_patterns_that_match_nothing(sources, refused):
+    assert "none.json" in refused("--checkpoint", sources["plain"], "--output", "out", "--recipe", "none.json")
+    options = ["--exclude", "lm_head", "--exclude", "model.layers.9.*"]
+    message = refused("--checkpoint", sources["plain"], "--output", "out", *options)
+    assert "'model.layers.9.*' matches no linear" in message
+
+
+# ---- 3 bits, and clipped ranges --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [[], ["--symmetric"]])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_3_bits_take_8_codes_of_the_4_bit_layout(method, symmetric, sources, run):
+    options = [] if method == "rtn" else ["--calibration", TEXT, "--samples", 4, "--seq-len", 32]
+    run("--checkpoint", sources["biased"], "--output", "out", "--bits", 3, "--method", method, *options, *symmetric)
+    loaded, linear = load("out"), load("out").layers[1].ffn.gate_up
+    codes = linear.layout.unpack(linear.data, linear.in_features)
+    least = 4 if symmetric else 0
+    assert least <= codes.min() and codes.max() == least + 7
+    assert linear.storage == ("int3", 128) and kinds(loaded)["layers.1.ffn.gate_up"] == ("int4", 128)
+    name = {"rtn": "int3"}.get(method, f"{method}-int3") + ("" if symmetric else "-asymmetric")
+    assert open_checkpoint("out").quantized == name
+
+
+@pytest.mark.parametrize("options", [[], ["--symmetric"], ["--bits", 3], ["--bits", 3, "--symmetric"]])
+def test_clipped_ranges_leave_a_smaller_error_in_the_weights(options, sources, run):
+    errors = []
+    for clip in ([], ["--clip"]):
+        shutil.rmtree("out", ignore_errors=True)
+        out, _ = run("--checkpoint", sources["biased"], "--output", "out", "--json", *options, *clip)
+        errors.append({name: said["relative_error"] for name, said in json.loads(out)["linears"].items()})
+    plain, clipped = errors
+    assert all(clipped[name] < plain[name] for name in plain if name != "head")
+    assert open_checkpoint("out").quantized.endswith("-clip")
