@@ -24,4 +24,4 @@ def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The vectors [..., D] that codes [..., D] and scales [...] stand for."""
-    return (codes.float() * scale[..., None]).to(dtype)
+    return codes.float().mul_(scale[..., None]).to(dtype)
