@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import cache
 import model
 from hardware import device_name
-from kernels import int8
+from kernels import codes, int8
 from quant import linears
 
 log = logging.getLogger("tachyon")
@@ -39,14 +39,19 @@ def compile_for_cpu(transformer: model.Transformer, directory: Path) -> None:
     if isinstance(transformer.logits, _Head):
         return  # it does already
     linears.settle_model(transformer)  # the libraries are handed the tensors as they are now
-    libraries: dict[tuple, _Library] = {}
+    libraries: dict[tuple, Callable[[torch.dtype], _Library]] = {}
     for layer in transformer.layers:
         kind = ("layer", layer.attention.use_rope, repr(transformer.config), repr(layer))
         if kind not in libraries:
-            libraries[kind] = _Library(kind, _LayerFunction(layer), directory)
+            libraries[kind] = _libraries(kind, _LayerFunction(layer), directory)
         layer.forward = _Layer(layer, libraries[kind])
     kind = ("head", repr(transformer.config), repr(transformer.head))
     transformer.logits = _Head(transformer, _Library(kind, _HeadFunction(transformer), directory))
+
+
+def _libraries(kind: tuple, function: "_LayerFunction", directory: Path) -> Callable[[torch.dtype], "_Library"]:
+    """A library of `function` for each type that a cache is stored in."""
+    return functools.cache(lambda kv_dtype: _Library((*kind, kv_dtype), function, directory))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -57,8 +62,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 class _Layer:
     """Takes the place of a block's `forward`."""
 
-    def __init__(self, layer: model.Block, library: "_Library") -> None:
-        self.eager, self.sliding, self.library = layer.forward, layer.attention.sliding, library
+    def __init__(self, layer: model.Block, libraries: Callable[[torch.dtype], "_Library"]) -> None:
+        self.eager, self.sliding, self.libraries = layer.forward, layer.attention.sliding, libraries
         self.weights = list(_tensors(layer).values())
 
     @functools.cached_property
@@ -69,7 +74,8 @@ class _Layer:
         mask = step.window_mask if self.sliding else step.mask
         if x.shape[:2] != (1, 1) or mask is None or mask.shape[-1] == 1:  # a dynamic size starts at 2
             return self.eager(x, step, kv)
-        y = self.library([x, step.cos, step.sin, step.input_pos, mask, kv.k, kv.v, *self.weights])
+        library = self.libraries(kv.k.dtype)
+        y = library([x, step.cos, step.sin, step.input_pos, mask, *kv.tensors, *self.weights])
         return self.compiled(x, step, kv) if y is None else y
 
 
@@ -101,15 +107,16 @@ class _LayerFunction(nn.Module):
         self.block = [copy.copy(layer)]
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        x, cos, sin, input_pos, mask, k, v, *weights = inputs
-        step, kv = model.Step(cos, sin, input_pos, mask, mask), cache.StaticLayer(k, v)
+        x, cos, sin, input_pos, mask, *rest = inputs
         (block,) = self.block
-        return torch.func.functional_call(block, dict(zip(_tensors(block), weights, strict=True)), (x, step, kv))
+        names = list(_tensors(block))
+        stored, weights = rest[: -len(names)], rest[-len(names) :]
+        step, kv = model.Step(cos, sin, input_pos, mask, mask), cache.layer_of(stored, x.dtype)
+        return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), (x, step, kv))
 
-    @staticmethod
-    def dynamic_shapes(count: int) -> list:
-        S = torch.export.Dim("S", min=2, max=1 << 24)
-        return [None, None, None, None, {3: S}, {1: S}, {1: S}, *[None] * (count - 7)]
+    def dynamic_shapes(self, count: int) -> list:
+        S, weights = torch.export.Dim("S", min=2, max=1 << 24), len(_tensors(self.block[0]))
+        return [None, None, None, None, {3: S}, *[{1: S}] * (count - 5 - weights), *[None] * weights]
 
 
 class _HeadFunction(nn.Module):
@@ -167,7 +174,8 @@ class _Library:
 
     def _key(self, inputs: list[Tensor]) -> str:
         """Everything that the compiled code depends on: a stale library would compute another model."""
-        sources = [inspect.getsource(module) for module in (model, cache, linears, int8, sys.modules[__name__])]
+        modules = (model, cache, codes, linears, int8, sys.modules[__name__])
+        sources = [inspect.getsource(module) for module in modules]
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.codes import decode, encode
+
+KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what a cache can be stored in beside the model's dtype
+
 
 class LayerCache(Protocol):
     """One layer's keys and values."""
@@ -37,8 +41,19 @@ class KVCache(Protocol):
 class StaticLayer:
     """Keys and values [B, S, K, D] of one layer."""
 
+    k_scale = v_scale = None  # a quantized layer has them
+
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
+        self.dtype = k.dtype  # what keys and values are read as
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored, as `layer_of` takes it."""
+        return self.k, self.v
+
+    def narrow(self, length: int, rows: int | None) -> "StaticLayer":
+        return StaticLayer(self.k[:rows, :length], self.v[:rows, :length])
 
     def write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
@@ -48,9 +63,9 @@ class StaticLayer:
     def attend(self, q: Tensor, mask: Tensor | None) -> Tensor:
         B, T, H, D = q.shape
         S, K = self.k.shape[1], self.k.shape[2]
-        k, v = self.k.transpose(1, 2), self.v.transpose(1, 2)  # [B, K, S, D]
         if T == 1 and mask is not None and torch.compiler.is_compiling() and q.device.type == "cpu":
             return self._attend_one(q, mask)
+        k, v = (x.transpose(1, 2) for x in self._read(self.dtype))  # [B, K, S, D]
         if T == 1 and mask is not None:
             # A decoding token's G heads per key head become G rows of one head: keys are read once, unrepeated.
             y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
@@ -63,15 +78,51 @@ class StaticLayer:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)  # [B, T, H, D]
 
+    def _read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, K, D]."""
+        return self.k.to(dtype), self.v.to(dtype)
+
     def _attend_one(self, q: Tensor, mask: Tensor) -> Tensor:
         """`attend` for one token in plain arithmetic, which the compiler fuses with what is around it on the CPU."""
         B, _, H, D = q.shape
-        K = self.k.shape[2]
+        K, (k, v) = self.k.shape[2], self._read(torch.float32)
         q_BKGD = q.view(B, K, H // K, D).float() * D**-0.5
-        scores = (q_BKGD[:, None] * self.k[:, :, :, None].float()).sum(-1)  # [B, S, K, G]
+        scores = (q_BKGD[:, None] * k[:, :, :, None]).sum(-1)  # [B, S, K, G]
         scores = scores.masked_fill(~mask.view(B, -1, 1, 1), float("-inf"))
-        y = (scores.softmax(1)[..., None] * self.v[:, :, :, None].float()).sum(1)  # [B, K, G, D]
+        y = (scores.softmax(1)[..., None] * v[:, :, :, None]).sum(1)  # [B, K, G, D]
         return y.to(q.dtype).view(B, 1, H, D)
+
+
+class QuantizedLayer(StaticLayer):
+    """Keys and values as codes of 8 bits [B, S, K, D], with a scale for each head of each token, fp32 [B, S, K].
+
+    One decoding token reads them inside of its attention, by the kernels or compiled on the CPU, where dequantized keys
+    and values are never in memory. Longer inputs, and eager, dequantize the view they attend over, a layer at a time.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(k, v)
+        self.k_scale, self.v_scale, self.dtype = k_scale, v_scale, dtype
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.k, self.v, self.k_scale, self.v_scale
+
+    def narrow(self, length: int, rows: int | None) -> "QuantizedLayer":
+        return QuantizedLayer(*(x[:rows, :length] for x in self.tensors), self.dtype)
+
+    def write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
+        self.k[rows, input_pos], self.k_scale[rows, input_pos] = encode(k, self.k.dtype)
+        self.v[rows, input_pos], self.v_scale[rows, input_pos] = encode(v, self.v.dtype)
+
+    def _read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return decode(self.k, self.k_scale, dtype), decode(self.v, self.v_scale, dtype)
+
+
+def layer_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> StaticLayer:
+    """The layer that stores `tensors` and is read as `dtype`."""
+    return StaticLayer(*tensors) if len(tensors) == 2 else QuantizedLayer(*tensors, dtype)
 
 
 class StaticCache:
@@ -96,10 +147,15 @@ class StaticCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        kv_dtype: str | None = None,
     ) -> "StaticCache":
+        """A cache for a model in `dtype`, stored in that or in one of `KV_DTYPES`."""
+        shape = 2, n_layers, batch, max_seq_len, n_kv_heads, head_dim
         # Zeros, not empty: a masked slot still meets the softmax's zero weight, and 0 * NaN is NaN.
-        k, v = torch.zeros(2, n_layers, batch, max_seq_len, n_kv_heads, head_dim, dtype=dtype, device=device)
-        return cls([StaticLayer(k[i], v[i]) for i in range(n_layers)])
+        tensors = [*torch.zeros(shape, dtype=dtype if kv_dtype is None else KV_DTYPES[kv_dtype], device=device)]
+        if kv_dtype is not None:
+            tensors += torch.zeros(shape[:-1], device=device)  # the scales
+        return cls([layer_of([x[i] for x in tensors], dtype) for i in range(n_layers)])
 
     @property
     def max_seq_len(self) -> int:
@@ -108,15 +164,15 @@ class StaticCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the slots in this view."""
-        return sum(2 * layer.k.numel() * layer.k.element_size() for layer in self.layers)
+        return sum(x.nbytes for layer in self.layers for x in layer.tensors)
 
     def narrow(self, length: int, *, rows: int | None = None, tail: bool = False) -> "StaticCache":
         """A view of the first `length` slots of the first `rows` rows, sharing memory."""
-        return StaticCache([StaticLayer(x.k[:rows, :length], x.v[:rows, :length]) for x in self.layers], tail=tail)
+        return StaticCache([layer.narrow(length, rows) for layer in self.layers], tail=tail)
 
     def masks(self, input_pos: Tensor, window: int | None) -> tuple[Tensor | None, Tensor | None]:
-        T, S, k = input_pos.shape[1], self.max_seq_len, self.layers[0].k
-        flash = k.device.type == "cuda" and k.dtype in (torch.bfloat16, torch.float16)
+        T, S, dtype = input_pos.shape[1], self.max_seq_len, self.layers[0].dtype
+        flash = input_pos.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         causal = self.tail and (T == S or flash)  # no mask needed
         if causal and (window is None or window >= S):
             return None, None

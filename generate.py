@@ -33,7 +33,7 @@ import chat
 import checkpoint
 import cli
 import hardware
-from cache import StaticCache
+from cache import KV_DTYPES, StaticCache
 from model import Transformer
 from quant.linears import RECIPES, QuantizedLinear, settle_model
 from sampling import SamplingBatch, SamplingParams, sample
@@ -66,9 +66,18 @@ class Generator:
     burst = 4  # decode steps in one CUDA graph: between two graphs a GPU waits some microseconds
     lookahead = 1  # bursts enqueued on CUDA beyond the one whose tokens are waited for: up to 7 steps are in vain
 
-    def __init__(self, model: Transformer, *, max_seq_len: int, batch_size: int = 1, compile: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_seq_len: int,
+        batch_size: int = 1,
+        compile: bool = False,
+        kv_dtype: str | None = None,
+    ) -> None:
         config, weight = model.config, model.norm.weight
-        self.model, self.device = model, weight.device
+        self.model, self.device, self.kv_dtype = model, weight.device, kv_dtype
+        check_kv_dtype(kv_dtype, self.device)
         self.max_seq_len = min(max_seq_len, config.max_seq_len)
         self.batch_size = batch_size
         self.cache = StaticCache.allocate(
@@ -79,6 +88,7 @@ class Generator:
             head_dim=config.head_dim,
             dtype=weight.dtype,
             device=self.device,
+            kv_dtype=kv_dtype,
         )
         self.cached: list[int] = []  # tokens whose keys and values the first row holds
         self.compiled = compile
@@ -286,6 +296,14 @@ def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> No
         )
 
 
+def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
+    """ValueError where a cache cannot be stored so on this device."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise ValueError(f"a cache cannot be stored in {kv_dtype}; there are {', '.join(KV_DTYPES)}")
+    if kv_dtype == "fp8" and not hardware.has_fp8(device):
+        raise ValueError(f"{hardware.device_name(device)} has no fp8 numbers; take --kv-dtype int8")
+
+
 def compile_model(model: Transformer, cache: StaticCache) -> "Transformer | Decoder":
     """What runs the model fast over caches like `cache`: our kernels where there is Triton, else the model, compiled.
 
@@ -392,8 +410,9 @@ class Meter:
             "load_s": load_s,
             "peak_memory_gb": peak / 1e9,
             "device": hardware.device_name(device),
-            "dtype": str(self.generator.cache.layers[0].k.dtype).removeprefix("torch."),
+            "dtype": str(self.generator.cache.layers[0].dtype).removeprefix("torch."),
             "quantize": quantize,
+            "kv_dtype": self.generator.kv_dtype,
         }
 
 
@@ -410,8 +429,9 @@ def describe(stats: dict) -> str:
 
 
 def weights_of(stats: dict) -> str:
-    """What the weights are, for people."""
-    return f"{stats['quantize']} weights, else {stats['dtype']}" if stats["quantize"] else stats["dtype"]
+    """What the weights and the cache are stored in, for people."""
+    parts = [f"{stats[name]} {what}" for name, what in (("quantize", "weights"), ("kv_dtype", "cache")) if stats[name]]
+    return f"{', '.join(parts)}, else {stats['dtype']}" if parts else stats["dtype"]
 
 
 CHAT_CONTEXT = 16384  # a cache of the whole context of a model made for 128k may not fit beside it
@@ -441,6 +461,9 @@ class Options:
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
     quantize: str | None = cli.option(
         None, "round the weights to int8, int4 or fp8 while loading", choices=tuple(RECIPES)
+    )
+    kv_dtype: str | None = cli.option(
+        None, "store the key/value cache in int8 or fp8 (default: in --dtype)", choices=tuple(KV_DTYPES)
     )
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     max_seq_len: int | None = cli.option(
@@ -580,6 +603,7 @@ def main(arguments: list[str]) -> None:
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     params = dataclasses.replace(cli.take_options(SamplingParams, parsed, skip=("seed",)), seed=seed)
     device, dtype = hardware.pick_device(options.device), hardware.DTYPES[options.dtype]
+    check_kv_dtype(options.kv_dtype, device)
     checkpoint.cache_dir()  # holds what the figures need: fails now rather than after the work
     if options.profile:
         options.profile.touch()  # likewise
@@ -603,7 +627,9 @@ def main(arguments: list[str]) -> None:
     load_s = time.perf_counter() - start
 
     batch_size = min(options.batch_size, len(requests)) if requests else 1
-    generator = Generator(model, max_seq_len=limit, batch_size=batch_size, compile=options.compile)
+    generator = Generator(
+        model, max_seq_len=limit, batch_size=batch_size, compile=options.compile, kv_dtype=options.kv_dtype
+    )
     start = time.perf_counter()
     if options.compile:
         generator.warm_up(requests[:batch_size] or [Request(prompt=[0, 0], params=params, max_new_tokens=256)])

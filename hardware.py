@@ -57,6 +57,13 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether float8_e4m3fn can be used: on CUDA, by a GPU that knows it (Ada, Hopper and up)."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu"
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -6,6 +6,9 @@ device: splits are cut there, so one captured graph serves every length and the 
 that finishes last for a head combines the splits (flash decoding, Dao et al. 2023) and leaves its counter at zero.
 The newest key and value never go through memory: the last split begins its softmax with the key's score, adds the
 value at its end, and writes both to the cache.
+
+A cache of 8-bit codes has a scale for each head of each token. Codes are what the products take, in which they are
+exact; a key's scale then multiplies its score, and a value's the weight that it gets.
 """
 
 from typing import NamedTuple
@@ -15,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import elementwise, language, tuning
-from kernels.language import along, jit, launch_options, tl, triton, wait
+from kernels.codes import decode
+from kernels.language import along, as_codes, jit, launch_options, scale_of, tl, triton, wait
 
 
 class Heads(NamedTuple):
@@ -46,19 +50,22 @@ class Scratch:
 
 def decode_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, heads: Heads,
-    scratch: Scratch,
+    scratch: Scratch, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention [B, H * D] of qkv [B, (H + 2 K) * D] at input_pos [B, 1]; stores k and v in the caches [B, S, K, D].
 
     cos and sin are tables [positions, D/2], fp32. Every row attends to its live slots: those up to its position.
+    Caches of codes come with their scales [B, S, K], fp32.
     """
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
     if not language.on_gpu(qkv):
-        return decode_attention_twin(qkv, cos, sin, input_pos, k_cache, v_cache, heads)
-    return decode_attention_kernel(qkv, cos, sin, input_pos, k_cache, v_cache, heads, scratch)
+        return decode_attention_twin(qkv, cos, sin, input_pos, k_cache, v_cache, heads, **scales)
+    return decode_attention_kernel(qkv, cos, sin, input_pos, k_cache, v_cache, heads, scratch, **scales)
 
 
 def decode_attention_twin(
-    qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, heads: Heads
+    qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, heads: Heads,
+    *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`decode_attention` in plain torch."""
     B, S = k_cache.shape[:2]
@@ -77,11 +84,15 @@ def decode_attention_twin(
         k_cache=k_cache,
         v_cache=v_cache,
         input_pos=input_pos,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     slot = torch.arange(S, device=qkv.device)
     mask = slot <= input_pos
     if heads.window:
         mask &= slot > input_pos - heads.window
+    if k_scale is not None:
+        k_cache, v_cache = decode(k_cache, k_scale, qkv.dtype), decode(v_cache, v_scale, qkv.dtype)
     k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # [B, K, S, D]
     y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask[:, None, None])
     return y.reshape(B, H * D)
@@ -89,9 +100,10 @@ def decode_attention_twin(
 
 def decode_attention_kernel(
     qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, heads: Heads,
-    scratch: Scratch,
+    scratch: Scratch, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`decode_attention` by the kernel."""
+    assert k_scale is None or k_scale.stride() == tuple(s // heads.head_dim for s in k_cache.stride()[:3])
     assert input_pos.is_contiguous()  # made so here, a copy would be a launch that this one does not wait for
     B, K, D = len(qkv), heads.n_kv_heads, heads.head_dim
     G = heads.n_heads // K
@@ -108,6 +120,8 @@ def decode_attention_kernel(
         input_pos,
         k_cache,
         v_cache,
+        k_scale,
+        v_scale,
         out,
         scratch.sums,
         scratch.stats,
@@ -217,25 +231,48 @@ def _in_order(y, ROWS: tl.constexpr, BD: tl.constexpr, S: tl.constexpr):
 
 
 @jit
-def _attend(q, k, v, start, end, scale, top, total, acc, BS: tl.constexpr):
-    """One block of online softmax (Milakov & Gimelshein 2018): running maximum, sum [ROWS, 8], weighted values."""
-    scores = tl.dot(q, k, input_precision="ieee") * scale  # [ROWS, BS]
-    slot = start + tl.arange(0, BS)
-    scores = tl.where((slot < end)[None, :], scores, float("-inf"))
-    highest = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - highest[:, None]).to(v.dtype)
-    fade = tl.exp2(top - highest)[:, None]
-    # The sum as a product as well: it needs no exchange between warps.
-    total = tl.dot(p, tl.full([BS, 8], 1.0, v.dtype), total * fade, input_precision="ieee")
-    return highest, total, tl.dot(p, v, acc * fade, input_precision="ieee")
+def _encode(x, scale, dtype: tl.constexpr):
+    """x [..., D] as a cache of `dtype` holds it: codes and scales [..., 1]; x and 1, if there are no scales."""
+    s = 1.0
+    if scale is not None:
+        x = x.to(tl.float32)
+        s = scale_of(tl.max(tl.abs(x), len(x.shape) - 1, keep_dims=True), dtype)
+        x = as_codes(x, s, dtype)
+    return x, s
 
 
 @jit
-def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache, out, sums, stats, counters, eps,
-                      scale, stride_b, stride_s, stride_k, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                      NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-                      SHORTEST: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, S: tl.constexpr,
-                      LOOP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def _scales(scale, start, end, stride_s, BS: tl.constexpr):
+    """Scales of BS slots from `start` on, zeros from `end` on, [1, BS]; 1 for a cache that has none."""
+    s = 1.0
+    if scale is not None:
+        slot = start + tl.arange(0, BS)
+        s = tl.load(scale + slot.to(tl.int64) * stride_s, mask=slot < end, other=0.0)[None, :]
+    return s
+
+
+@jit
+def _attend(q, k, v, k_scale, v_scale, start, end, scale, top, total, acc, BS: tl.constexpr):
+    """One block of online softmax (Milakov & Gimelshein 2018): running maximum, sum [ROWS, 8], weighted values."""
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * (k_scale * scale)  # [ROWS, BS]
+    slot = start + tl.arange(0, BS)
+    scores = tl.where((slot < end)[None, :], scores, float("-inf"))
+    highest = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - highest[:, None])
+    fade = tl.exp2(top - highest)[:, None]
+    # The sum as a product as well: it needs no exchange between warps.
+    total = tl.dot(p.to(q.dtype), tl.full([BS, 8], 1.0, q.dtype), total * fade, input_precision="ieee")
+    # With a value's scale in it a weight may be too small for fp16.
+    dtype: tl.constexpr = tl.bfloat16 if q.dtype == tl.float16 and v.dtype != q.dtype else q.dtype
+    return highest, total, tl.dot((p * v_scale).to(dtype), v.to(dtype), acc * fade, input_precision="ieee")
+
+
+@jit
+def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache, k_scale, v_scale, out, sums, stats,
+                      counters, eps, scale, stride_b, stride_s, stride_k, K: tl.constexpr, G: tl.constexpr,
+                      D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
+                      SPLITS: tl.constexpr, SHORTEST: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
+                      BD: tl.constexpr, S: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     """One split of a row's slots for the query heads of one key head, and by the last program their combination.
 
@@ -252,15 +289,23 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
     share = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS, SHORTEST)
     n_splits = tl.cdiv(length, share)
     if split < n_splits:
-        dtype: tl.constexpr = k_cache.dtype.element_ty
+        dtype: tl.constexpr = qkv.dtype.element_ty
+        stored_dtype: tl.constexpr = k_cache.dtype.element_ty
         ROWS: tl.constexpr = BG if BG > 16 else 16  # a tensor core's least
         g = tl.arange(0, ROWS)
         d = tl.arange(0, BD)
         cache = b.to(tl.int64) * stride_b + head * stride_k
+        # Scales [B, S, K] lie as the codes [B, S, K, D] do.
+        scale_s = stride_s // D
+        if k_scale is not None:
+            k_scale += cache // D
+            v_scale += cache // D
         begin = first + split * share
         end = tl.minimum(begin + share, pos)
         k = _keys(k_cache + cache, begin, end, stride_s, D, BS, BD, S)
         v = _values(v_cache + cache, begin, end, stride_s, D, BS, BD, S)
+        ks = _scales(k_scale, begin, end, scale_s, BS)
+        vs = _scales(v_scale, begin, end, scale_s, BS)
         half: tl.constexpr = D // 2
         angle = pos.to(tl.int64) * half + tl.where(d < half, d, d - half)
         c = tl.load(cos + angle, mask=d < D, other=0.0)[None, :]
@@ -274,8 +319,10 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         # In every row, so that nothing has to be moved between threads.
         new = row + (G * K + head + tl.zeros([ROWS, 1], tl.int32)) * D
         k_new = _head_rows(new, k_norm, c, s, eps, d, D, NORM, ROPE).to(dtype)
+        k_new, k_new_scale = _encode(k_new, k_scale, stored_dtype)
         e = _value_dims(BD, S)
-        v_new = tl.load(row + ((G + 1) * K + head) * D + e, mask=e < D, other=0.0).to(dtype)
+        v_new = tl.load(row + ((G + 1) * K + head) * D + e, mask=e < D, other=0.0)
+        v_new, v_new_scale = _encode(v_new, v_scale, stored_dtype)
         last = split == n_splits - 1  # this split's slots end with the newest, which begins its softmax
         newest_slot = cache + pos.to(tl.int64) * stride_s
         stored = tl.where(last, D, 0)
@@ -283,7 +330,14 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
             k_cache + newest_slot + g[:, None] * 0 + d[None, :], k_new, mask=(g == 0)[:, None] & (d < stored)[None, :]
         )
         tl.store(v_cache + newest_slot + e, v_new, mask=e < stored)
-        newest = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale
+        if k_scale is not None:
+            newest_scale = pos.to(tl.int64) * scale_s + tl.arange(0, 1)
+            here = tl.arange(0, 1) < stored
+            tl.store(
+                k_scale + newest_scale[None, :] + g[:, None] * 0, k_new_scale, mask=(g == 0)[:, None] & here[None, :]
+            )
+            tl.store(v_scale + newest_scale, v_new_scale, mask=here)
+        newest = tl.sum(q.to(tl.float32) * (k_new.to(tl.float32) * k_new_scale), 1) * scale
         newest = tl.where(last, newest, float("-inf"))
         top = newest
         total = tl.where(last, tl.full([ROWS, 8], 1.0, tl.float32), 0.0)
@@ -294,12 +348,16 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
                 # The next block is on its way while this one is used.
                 k_next = _keys(k_cache + cache, start + BS, end, stride_s, D, BS, BD, S)
                 v_next = _values(v_cache + cache, start + BS, end, stride_s, D, BS, BD, S)
-                top, total, acc = _attend(q, k, v, start, end, scale, top, total, acc, BS)
+                ks_next = _scales(k_scale, start + BS, end, scale_s, BS)
+                vs_next = _scales(v_scale, start + BS, end, scale_s, BS)
+                top, total, acc = _attend(q, k, v, ks, vs, start, end, scale, top, total, acc, BS)
                 k = k_next
                 v = v_next
+                ks = ks_next
+                vs = vs_next
         else:
-            top, total, acc = _attend(q, k, v, begin, end, scale, top, total, acc, BS)
-        acc += tl.exp2(newest - top)[:, None] * v_new.to(tl.float32)[None, :]
+            top, total, acc = _attend(q, k, v, ks, vs, begin, end, scale, top, total, acc, BS)
+        acc += tl.exp2(newest - top)[:, None] * (v_new.to(tl.float32) * v_new_scale)[None, :]
         total = tl.max(total, 1)  # all eight are the same
         ROWS_OUT: tl.constexpr = 8 if BG <= 8 else ROWS
         if BG <= 8:

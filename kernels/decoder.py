@@ -53,7 +53,8 @@ class Decoder:
         return x.view(B, T, -1)
 
     def _attend_one(self, qkv: Tensor, input_pos: Tensor, heads: Heads, kv: StaticLayer) -> Tensor:
-        return attention.decode_attention(qkv, self.cos, self.sin, input_pos, kv.k, kv.v, heads, self.scratch)
+        scales = {"k_scale": kv.k_scale, "v_scale": kv.v_scale}
+        return attention.decode_attention(qkv, self.cos, self.sin, input_pos, kv.k, kv.v, heads, self.scratch, **scales)
 
     def _prompt_attention(self, input_pos: Tensor, cache: StaticCache) -> Callable[..., Tensor]:
         """What takes the place of `_attend_one` for T tokens a row, with what its layers share computed once."""
@@ -77,6 +78,8 @@ class Decoder:
                 k_cache=kv.k,
                 v_cache=kv.v,
                 input_pos=input_pos,
+                k_scale=kv.k_scale,
+                v_scale=kv.v_scale,
             )
             y = kv.attend(q.view(B, T, heads.n_heads, heads.head_dim), window_mask if heads.window else mask)
             return y.reshape(B * T, -1)

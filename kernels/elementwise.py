@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import language
-from kernels.language import jit, tl, triton
+from kernels.codes import encode
+from kernels.language import as_codes, jit, scale_of, tl, triton
 
 _TILE = 2048  # elements in a program's tile: with 4 warps, two 16-byte bf16 loads a thread
 
@@ -78,6 +79,8 @@ def rope_write(
     k_cache: Tensor,
     v_cache: Tensor,
     input_pos: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Everything between the q/k/v matrix and attention: queries [M, H, D], and keys and values put in the cache.
 
@@ -86,7 +89,8 @@ def rope_write(
     (Su et al. 2021, eq. 34, dimension i paired with i + D/2) by cos and sin [M, D/2] fp32, whose rows may have any
     stride. Keys and values of row (b, t) go to slot input_pos[b, t] of row b of k_cache and v_cache [B, S, K, D],
     which may be views with any strides but a last one of 1. A position must lie inside the cache (the kernel does not
-    look), and a row must not have one twice.
+    look), and a row must not have one twice. Caches of codes come with their scales [B, S, K], fp32 (`codes.encode`),
+    whose strides are those of the codes, divided by D.
     """
     return (rope_write_kernel if language.on_gpu(qkv) else rope_write_twin)(
         qkv,
@@ -102,6 +106,8 @@ def rope_write(
         k_cache=k_cache,
         v_cache=v_cache,
         input_pos=input_pos,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -120,6 +126,8 @@ def rope_write_twin(
     k_cache: Tensor,
     v_cache: Tensor,
     input_pos: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     (B, T), H, K, D = input_pos.shape, n_heads, n_kv_heads, head_dim
     q, k, v = qkv.view(B * T, H + 2 * K, D).split((H, K, K), dim=1)  # [M, H | K | K, D]
@@ -130,8 +138,12 @@ def rope_write_twin(
     if use_rope:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     rows = torch.arange(B, device=qkv.device)[:, None]  # [B, 1]
-    k_cache[rows, input_pos] = k.view(B, T, K, D).to(k_cache.dtype)
-    v_cache[rows, input_pos] = v.view(B, T, K, D).to(v_cache.dtype)
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        x = x.view(B, T, K, D)
+        if scale is None:
+            cache[rows, input_pos] = x.to(cache.dtype)
+        else:
+            cache[rows, input_pos], scale[rows, input_pos] = encode(x, cache.dtype)
     return q.contiguous()  # [M, H, D]
 
 
@@ -150,9 +162,13 @@ def rope_write_kernel(
     k_cache: Tensor,
     v_cache: Tensor,
     input_pos: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     (B, T), (M, _) = input_pos.shape, _rows(qkv)
     assert qkv.shape == (B * T, (n_heads + 2 * n_kv_heads) * head_dim), (qkv.shape, input_pos.shape)
+    for cache, scale in ((k_cache, k_scale), (v_cache, v_scale)):
+        assert scale is None or scale.stride() == tuple(s // head_dim for s in cache.stride()[:3])
     assert cos.stride(-1) == sin.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == 1
     q = qkv.new_empty(M, n_heads, head_dim)
     half = triton.next_power_of_2(head_dim // 2)
@@ -167,6 +183,8 @@ def rope_write_kernel(
             q,
             k_cache,
             v_cache,
+            k_scale,
+            v_scale,
             input_pos.contiguous(),  # its strides would change with T, and with them the kernel's specialization
             eps,
             cos.stride(0),
@@ -251,6 +269,22 @@ def _norm_rotate(
 
 
 @jit
+def _store_heads(cache, scale, at, cols, live, a, b, D: tl.constexpr):
+    """Put heads whose halves are a and b [heads, D/2] in a cache at offsets `at` [heads, 1], as codes if it has scales.
+
+    Scales lie as the codes do, one for D of them.
+    """
+    dtype: tl.constexpr = cache.dtype.element_ty
+    if scale is not None:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        s = scale_of(tl.maximum(tl.max(tl.abs(a), 1, keep_dims=True), tl.max(tl.abs(b), 1, keep_dims=True)), dtype)
+        a, b = as_codes(a, s, dtype), as_codes(b, s, dtype)
+        tl.store(scale + at // D + cols[None] * 0, s, live & (cols == 0)[None])
+    tl.store(cache + at + cols[None], a, live)
+    tl.store(cache + at + cols[None] + D // 2, b, live)
+
+
+@jit
 def _rope_write(
     qkv,
     cos,
@@ -260,6 +294,8 @@ def _rope_write(
     q,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     input_pos,
     eps,
     cos_row,
@@ -308,12 +344,12 @@ def _rope_write(
         live = (heads < K) & (cols < D // 2)[None]
         at = heads * D + cols[None]
         slot = tl.load(input_pos + row)
-        v_to = v_cache + batch * v_batch + slot * v_slot + heads * v_head + cols[None]
-        tl.store(v_to, tl.load(source + (H + K) * D + at, live), live)
-        tl.store(v_to + D // 2, tl.load(source + (H + K) * D + at + D // 2, live), live)
+        v_at = batch * v_batch + slot * v_slot + heads * v_head
+        a = tl.load(source + (H + K) * D + at, live, other=0.0)
+        b = tl.load(source + (H + K) * D + at + D // 2, live, other=0.0)
+        _store_heads(v_cache, v_scale, v_at, cols, live, a, b, D)
         a = tl.load(source + H * D + at, live, other=0.0).to(tl.float32)
         b = tl.load(source + H * D + at + D // 2, live, other=0.0).to(tl.float32)
         a, b = _norm_rotate(a, b, k_norm, cos_values, sin_values, dtype, eps, cols, D, USE_ROPE)
-        k_to = k_cache + batch * k_batch + slot * k_slot + heads * k_head + cols[None]
-        tl.store(k_to, a, live)
-        tl.store(k_to + D // 2, b, live)
+        k_at = batch * k_batch + slot * k_slot + heads * k_head
+        _store_heads(k_cache, k_scale, k_at, cols, live, a, b, D)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.codes import encode
 from kernels.weight import Weight
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] = scale[m] * steps, steps int8 [M, K] in -127..127 and scale = absmax / 127 of its row, fp32 [M, 1]."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return (x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8), scale
+    steps, scale = encode(x, torch.int8)
+    return steps, scale[:, None]
 
 
 def int8_linear(x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,7 @@ except ImportError:
 
 __all__ = [
     "along",
+    "as_codes",
     "constexpr_function",
     "held",
     "jit",
@@ -38,6 +39,7 @@ __all__ = [
     "order",
     "pdl",
     "ptx",
+    "scale_of",
     "store",
     "tl",
     "triton",
@@ -89,6 +91,22 @@ def along(dim: tl.constexpr, size: tl.constexpr, rank: tl.constexpr):
         if d != dim:
             i = tl.expand_dims(i, d)
     return i
+
+
+@jit
+def scale_of(largest, dtype: tl.constexpr):
+    """The scale of vectors whose largest number is `largest`, in codes of `dtype`: as `codes.encode`."""
+    return tl.div_rn(largest, 127.0 if dtype == tl.int8 else 448.0)
+
+
+@jit
+def as_codes(x, scale, dtype: tl.constexpr):
+    """Codes of x, fp32: as `codes.encode`."""
+    MOST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+    x = tl.div_rn(x, tl.where(scale == 0, 1.0, scale))
+    if dtype == tl.int8:
+        x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23, whose neighbours are integers: rounds as torch does
+    return tl.minimum(tl.maximum(x, -MOST), MOST).to(dtype)
 
 
 @jit

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.codes import encode
 from kernels.int8 import int8_linear, quantize_rows
 from kernels.weight import Weight, most_rows
 from model import Linear, Transformer
@@ -128,10 +129,8 @@ def round_int8(weight: Tensor) -> Codes:
 
     NaN or infinity in a row becomes a scale that is not finite.
     """
-    weight = weight.float()
-    scale = weight.abs().amax(-1) / 127
-    steps = _divide(weight, scale[:, None]).round().clamp(-127, 127)
-    return Codes((steps + 128).to(torch.uint8), scale)
+    codes, scale = encode(weight, torch.int8)
+    return Codes(codes.view(torch.uint8) ^ 128, scale)
 
 
 def round_fp8(weight: Tensor) -> Codes:
@@ -139,10 +138,8 @@ def round_fp8(weight: Tensor) -> Codes:
 
     Weights under 2^-6 of a scale are off by 2^-10 of it at most. NaN or infinity as in `round_int8`.
     """
-    weight = weight.float()
-    scale = weight.abs().amax(-1) / 448
-    values = _divide(weight, scale[:, None]).clamp(-448, 448)  # past it, some versions of torch give NaN
-    return Codes(values.to(torch.float8_e4m3fn).view(torch.uint8), scale)
+    codes, scale = encode(weight, torch.float8_e4m3fn)
+    return Codes(codes.view(torch.uint8), scale)
 
 
 def round_int4(

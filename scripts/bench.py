@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import checkpoint
 import cli
 import hardware
-from generate import SAMPLING_HELP, Generator, Meter, Request, weights_of
+from cache import KV_DTYPES
+from generate import SAMPLING_HELP, Generator, Meter, Request, check_kv_dtype, weights_of
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
@@ -33,6 +34,7 @@ class Options:
     compile: bool = cli.option(False, "as for generate.py")
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
     quantize: str | None = cli.option(None, "as for generate.py", choices=tuple(RECIPES))
+    kv_dtype: str | None = cli.option(None, "as for generate.py", choices=tuple(KV_DTYPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     roofline: bool = cli.option(
         False, "also time each kernel of a decode step against the device's read bandwidth; needs CUDA and --compile"
@@ -47,6 +49,7 @@ class Options:
 
 def measure(options: Options, params: SamplingParams) -> dict:
     device = hardware.pick_device(options.device)
+    check_kv_dtype(options.kv_dtype, device)
     if options.roofline:
         roofline.check(device, compile=options.compile)
     start = time.perf_counter()
@@ -67,7 +70,9 @@ def time_model(
     length = options.prompt_len + options.new_tokens
     if length > config.max_seq_len:
         raise ValueError(f"--prompt-len and --new-tokens make {length}; the model holds {config.max_seq_len}")
-    generator = Generator(model, max_seq_len=length, batch_size=options.batch, compile=options.compile)
+    generator = Generator(
+        model, max_seq_len=length, batch_size=options.batch, compile=options.compile, kv_dtype=options.kv_dtype
+    )
 
     def requests() -> list[Request]:
         return [

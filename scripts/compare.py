@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import checkpoint
 import cli
 import hardware
+from cache import KV_DTYPES
 from checkpoint import Checkpoint
-from generate import Generator, show_progress
+from generate import Generator, check_kv_dtype, show_progress
 from model import Linear, Transformer
 from quant.linears import RECIPES, QuantizedLinear
 from sampling import SamplingParams
@@ -31,18 +32,22 @@ from scripts.scoring import Row, note, positions, windows_of
 if TYPE_CHECKING:
     from scripts.evaluate import Options
 
-VARIANTS = {name: {"quantize": name} for name in RECIPES}  # what may follow a checkpoint after a plus
+VARIANTS = {  # what may follow a checkpoint after a plus
+    **{name: {"quantize": name} for name in RECIPES},
+    **{f"kv-{name}": {"kv_dtype": name} for name in KV_DTYPES},
+}
 PLOTS = (".png", ".svg", ".pdf")
 SPEED = {"prompt_len": 32, "new_tokens": 32, "repeats": 3}  # what decoding is timed on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A model to be compared: a checkpoint, and what is done to it while it loads."""
+    """A model to be compared: a checkpoint, what is done to it while it loads, and what its cache is stored in."""
 
     name: str  # what the user wrote
     checkpoint: str
     quantize: str | None = None
+    kv_dtype: str | None = None
 
 
 def parse_variant(item: str) -> Variant:
@@ -69,6 +74,7 @@ def compare(o: "Options") -> Iterator[dict]:
     variants = [parse_variant(item) for item in o.compare]
     sources = [checkpoint.open_checkpoint(variant.checkpoint) for variant in variants]
     for variant, source in zip(variants, sources, strict=True):
+        check_kv_dtype(variant.kv_dtype, device)
         if variant.quantize is not None:
             checkpoint.refuse_quantized(source.widened or source)
     rows = _rows(sources, o)
@@ -78,13 +84,11 @@ def compare(o: "Options") -> Iterator[dict]:
             source, device=device, dtype=dtype, quantize=variant.quantize, progress=show_progress
         )
         quantize = variant.quantize or source.quantized
-        figures = {"model": variant.name, "quantize": quantize, **_size(model)}
-        if reference is None:
-            reference = Reference(model)
-            figures |= reference.measure(model, rows, o, variant.name, first=True)
-        else:
-            figures |= reference.measure(model, rows, o, variant.name)
-        yield figures | _speed(model, o)
+        figures = {"model": variant.name, "quantize": quantize, "kv_dtype": variant.kv_dtype, **_size(model)}
+        first = reference is None
+        reference = reference or Reference(model)
+        figures |= reference.measure(model, rows, o, variant, first=first)
+        yield figures | _speed(model, o, variant.kv_dtype)
         del model
         gc.collect()  # a compiled model holds itself
 
@@ -116,11 +120,11 @@ def _size(model: Transformer) -> dict:
     return {"bytes": held, "bits_per_weight": 8 * (packed + plain) / weights}
 
 
-def _speed(model: Transformer, o: "Options") -> dict:
+def _speed(model: Transformer, o: "Options", kv_dtype: str | None) -> dict:
     limit = model.config.max_seq_len
     prompt_len = min(SPEED["prompt_len"], limit // 2)
     length = {"prompt_len": prompt_len, "new_tokens": min(SPEED["new_tokens"], limit - prompt_len)}
-    options = bench.Options(**(SPEED | length), compile=o.compile)
+    options = bench.Options(**(SPEED | length), compile=o.compile, kv_dtype=kv_dtype)
     timed = bench.time_model(model, options, SamplingParams(), load_s=0.0, quantize=None)
     return {name: timed[name] for name in ("decode_tok_s", "decode_gbs", "bandwidth_fraction", "prefill_tok_s")}
 
@@ -133,12 +137,12 @@ class Reference:
         self.hidden: list[Tensor] = []  # of every piece of `positions`, in their order, [N, C]
 
     @torch.no_grad()
-    def measure(self, model: Transformer, rows: Sequence[Row], o: "Options", name: str, *, first: bool = False) -> dict:
+    def measure(self, model: Transformer, rows: Sequence[Row], o: "Options", variant: Variant, *, first: bool) -> dict:
         """Perplexity of `model` on rows, mean divergence from the reference, and how often both prefer one token.
 
         The divergence is KL(reference || model) in nats. `first`: this is the reference, whose outputs are kept.
         """
-        generator = Generator(model, max_seq_len=o.context, batch_size=o.batch)
+        generator = Generator(model, max_seq_len=o.context, batch_size=o.batch, kv_dtype=variant.kv_dtype)
         nll = divergence = agreed = 0.0
         tokens, pieces = sum(count for _, count in rows), iter(self.hidden)
         for begin in range(0, len(rows), o.batch):
@@ -153,7 +157,7 @@ class Reference:
                     agreed += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
                     divergence += log_q.sub_(log_p).neg_().mul_(log_p.exp_()).sum().item()
             done = min(begin + o.batch, len(rows))
-            note(f"{name}: window", done, len(rows), keep=False)
+            note(f"{variant.name}: window", done, len(rows), keep=False)
         return {
             "perplexity": math.exp(nll / tokens),
             "nll": nll / tokens,

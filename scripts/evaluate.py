@@ -20,7 +20,8 @@ from typing import Any
 import checkpoint
 import cli
 import hardware
-from generate import Answer, Generator, Request, show_progress, weights_of
+from cache import KV_DTYPES
+from generate import Answer, Generator, Request, check_kv_dtype, show_progress, weights_of
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
@@ -49,6 +50,7 @@ class Options:
     compile: bool = cli.option(False, "as for generate.py")
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
     quantize: str | None = cli.option(None, "as for generate.py", choices=tuple(RECIPES))
+    kv_dtype: str | None = cli.option(None, "as for generate.py", choices=tuple(KV_DTYPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     json: bool = cli.option(False, "print one JSON document")
 
@@ -72,16 +74,17 @@ class Options:
         for name, remedy in (
             ("checkpoint", "the first model of --compare is the reference"),
             ("quantize", "write --compare CKPT+FORMAT"),
+            ("kv_dtype", "write --compare CKPT+kv-FORMAT"),
             ("tasks", "run them for one model at a time"),
             ("limit", "it is for --tasks"),
         ):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"--{name} does not go with --compare: {remedy}")
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --compare: {remedy}")
 
 
 def perplexity(model: Transformer, tokenizer: Tokenizer, rows: list[Row], o: Options) -> dict:
     """The text's figures, and how long they took, compiling apart."""
-    generator = Generator(model, max_seq_len=o.context, batch_size=o.batch, compile=o.compile)
+    generator = Generator(model, max_seq_len=o.context, batch_size=o.batch, compile=o.compile, kv_dtype=o.kv_dtype)
     groups = [rows[i : i + o.batch] for i in range(0, len(rows), o.batch)]
     start = time.perf_counter()
     if o.compile:
@@ -196,7 +199,7 @@ class TaskModel:
 
     def _generator(self, length: int) -> Generator:
         o = self.options
-        return Generator(self.model, max_seq_len=length, batch_size=o.batch, compile=o.compile)
+        return Generator(self.model, max_seq_len=length, batch_size=o.batch, compile=o.compile, kv_dtype=o.kv_dtype)
 
     def _groups(self, indices: list[int], length: Callable[[int], int], what: str) -> Iterator[list[int]]:
         """Batches of about equal lengths, the longest first, so that memory runs out at once or never."""
@@ -228,6 +231,7 @@ def evaluate(options: Options) -> dict:
     if options.tasks and importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--tasks needs lm-eval, which is not installed: pip install -e .[eval]")
     device = hardware.pick_device(options.device)
+    check_kv_dtype(options.kv_dtype, device)
     start = time.perf_counter()
     source = checkpoint.open_checkpoint(options.checkpoint)
     rows: list[Row] = []
@@ -244,6 +248,7 @@ def evaluate(options: Options) -> dict:
         "checkpoint": options.checkpoint,
         "dtype": options.dtype,
         "quantize": options.quantize or source.quantized,
+        "kv_dtype": options.kv_dtype,
         "device": hardware.device_name(device),
         "batch": options.batch,
         "compile": options.compile,

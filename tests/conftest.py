@@ -51,7 +51,7 @@ def tiny_model(config: ModelConfig = TINY, *, seed: int = 0, device: str = "cpu"
     return model.to(device)
 
 
-def new_cache(model: Transformer, *, batch: int, length: int) -> StaticCache:
+def new_cache(model: Transformer, *, batch: int, length: int, kv_dtype: str | None = None) -> StaticCache:
     return StaticCache.allocate(
         n_layers=model.config.n_layers,
         batch=batch,
@@ -60,7 +60,22 @@ def new_cache(model: Transformer, *, batch: int, length: int) -> StaticCache:
         head_dim=model.config.head_dim,
         dtype=model.norm.weight.dtype,
         device=model.norm.weight.device,
+        kv_dtype=kv_dtype,
     )
+
+
+@pytest.fixture
+def rounded_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter loses a carry where rounding to fp8 reaches a power of two; a GPU does not."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    tl, convert = interpreter.tl, interpreter._convert_float
+
+    def rounded(x, source, target, mode):
+        if (source, target) != (tl.float32, tl.float8e4nv):
+            return convert(x, source, target, mode)
+        return torch.tensor(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 @pytest.fixture

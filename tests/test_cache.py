@@ -6,16 +6,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache import StaticCache
+from cache import KV_DTYPES, StaticCache
 
 H, K, D, WINDOW = 6, 2, 8, 3
 
 
 def new_cache(
-    *, batch: int = 2, length: int = 10, n_layers: int = 2, dtype: torch.dtype = torch.float32
+    *,
+    batch: int = 2,
+    length: int = 10,
+    n_layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: str | None = None,
 ) -> StaticCache:
     return StaticCache.allocate(
-        n_layers=n_layers, batch=batch, max_seq_len=length, n_kv_heads=K, head_dim=D, dtype=dtype, device="cpu"
+        n_layers=n_layers,
+        batch=batch,
+        max_seq_len=length,
+        n_kv_heads=K,
+        head_dim=D,
+        dtype=dtype,
+        device="cpu",
+        kv_dtype=kv_dtype,
     )
 
 
@@ -187,3 +199,75 @@ def test_rows_do_not_see_each_other():
     cache.layers[0].k[1], cache.layers[0].v[1] = 1e4, 1e4
     assert torch.equal(attend(cache, q, input_pos)[0], both[0])
     torch.testing.assert_close(attend(cache.narrow(10, rows=1), q[:1], input_pos[:1])[0], both[0])
+
+
+# ---- Codes ----------------------------------------------------------------------------------------------------------
+
+
+def stored(layer) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, S, K, D] that a quantized layer's codes and scales stand for."""
+    return layer.k.float() * layer.k_scale[..., None], layer.v.float() * layer.v_scale[..., None]
+
+
+def test_int8_is_off_by_half_a_step_and_fp8_by_a_sixteenth():
+    k, v, at = noise(2, 10, K, D) * 100, noise(2, 10, K, D, seed=1) * 1e-3, torch.arange(10).expand(2, -1)
+    for kv_dtype in KV_DTYPES:
+        layer = new_cache(kv_dtype=kv_dtype).layers[0]
+        layer.write(k, v, at)
+        for x, back in zip((k, v), stored(layer), strict=True):
+            largest = x.abs().amax(-1, keepdim=True)  # of each head of each token
+            bound = largest / 254 if kv_dtype == "int8" else x.abs() / 16 + largest / 448 * 2**-10
+            assert ((back - x).abs() <= bound * 1.0001).all()
+            torch.testing.assert_close(back.abs().amax(-1, keepdim=True), largest)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_vector_of_zeros_stays_zeros(kv_dtype):
+    layer = new_cache(kv_dtype=kv_dtype).layers[0]
+    layer.write(noise(2, 1, K, D), noise(2, 1, K, D), torch.tensor([[3], [3]]))
+    k = noise(2, 1, K, D)
+    k[0, 0, 1] = 0.0
+    layer.write(k, k, torch.tensor([[3], [3]]))  # over what is there
+    for x, scale in ((layer.k, layer.k_scale), (layer.v, layer.v_scale)):
+        assert scale[0, 3, 1] == 0 and not x[0, 3, 1].float().any()
+        assert scale[0, 3, 0] > 0
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_codes_take_a_byte_and_their_scale_four(kv_dtype):
+    cache = new_cache(batch=3, length=10, n_layers=4, dtype=torch.bfloat16, kv_dtype=kv_dtype)
+    slot = 4 * 2 * K * (D + 4)
+    assert cache.nbytes == 30 * slot
+    view = cache.narrow(7, rows=2)
+    assert view.nbytes == 14 * slot
+    view.layers[2].write(noise(2, 1, K, D), noise(2, 1, K, D), torch.tensor([[6], [0]]))
+    assert [x.float().count_nonzero().item() > 0 for x in cache.layers[2].tensors] == [True] * 4
+    assert (cache.layers[2].k_scale[0, 6] > 0).all() and cache.layers[2].v_scale.count_nonzero() == 2 * K
+    assert view.layers[0].dtype == cache.layers[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("at", [[[0], [9]], [[3, 4, 5], [0, 1, 2]]])
+def test_attention_over_codes_is_attention_over_what_they_stand_for(at, window, kv_dtype):
+    cache, input_pos = new_cache(kv_dtype=kv_dtype), torch.tensor(at)
+    cache.layers[0].write(noise(2, 10, K, D), noise(2, 10, K, D, seed=1), torch.arange(10).expand(2, -1))
+    q = noise(2, len(at[0]), H, D, seed=3)
+    want = slow_attention(q, *stored(cache.layers[0]), input_pos, window)
+    torch.testing.assert_close(attend(cache, q, input_pos, window), want)
+    mask = cache.masks(input_pos, window)[0 if window is None else 1]
+    if len(at[0]) == 1:  # what a CPU compiles
+        torch.testing.assert_close(cache.layers[0]._attend_one(q, mask), want)
+    for x in cache.layers[0].tensors:  # past every row's position
+        x[0, max(at[0]) + 1 :], x[1, max(at[1]) + 1 :] = 100.0, 100.0
+    torch.testing.assert_close(attend(cache, q, input_pos, window), want)
+    if len(at[0]) == 1:
+        torch.testing.assert_close(cache.layers[0]._attend_one(q, mask), want)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_codes_of_a_prompts_chunks_need_no_other_mask(kv_dtype):
+    cache, at = new_cache(kv_dtype=kv_dtype), torch.arange(4, 10).expand(2, -1)
+    cache.layers[0].write(noise(2, 10, K, D), noise(2, 10, K, D, seed=1), torch.arange(10).expand(2, -1))
+    q = noise(2, 6, H, D, seed=3)
+    assert torch.equal(attend(cache.narrow(10, tail=True), q, at), attend(cache, q, at))

@@ -39,6 +39,7 @@ STATS = {
     "device",
     "dtype",
     "quantize",
+    "kv_dtype",
 }
 
 
@@ -235,6 +236,17 @@ def test_compile_gives_the_same_text(tiny, run) -> None:
     done = generate_py(*options, "--compile")
     assert done.returncode == 0, done.stderr
     assert done.stdout == run(*options)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_kv_dtype_stores_the_cache_and_says_so(kv_dtype, tiny, run, capsys) -> None:
+    options = (*tiny, "--prompt", "The quick brown", "--max-new-tokens", 6, "--kv-dtype", kv_dtype)
+    plain, document = (json.loads(run(*some, "--json")) for some in (options[:-2], options))
+    assert (plain["stats"]["kv_dtype"], document["stats"]["kv_dtype"]) == (None, kv_dtype)
+    assert document["stats"]["dtype"] == "float32"
+    assert len(document["samples"][0]["token_ids"]) == 6
+    cli.run(generate.main, [*map(str, options), "--quantize", "int8"])
+    assert f"; int8 weights, {kv_dtype} cache, else float32 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
@@ -505,6 +517,7 @@ def test_prompts_that_are_empty(refused, tiny, tmp_path, monkeypatch) -> None:
         (("--interactive",), ("--interactive", "leave out --prompt")),
         (("--device", "warp"), ("'warp'", "cpu, cuda, cuda:N or mps")),
         (("--quantize", "int3"), ("--quantize", "'int3'", "int8", "int4", "fp8")),
+        (("--kv-dtype", "int4"), ("--kv-dtype", "'int4'", "int8", "fp8")),
     ],
 )
 def test_options_out_of_range(refused, tiny, options, words) -> None:
@@ -612,6 +625,21 @@ def test_bench_runs_as_a_module_on_random_weights(tiny_directory) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["decode_tok_s"] > 0
+
+
+def test_bench_and_evaluate_store_the_cache_as_generate_does(tiny_directory, capsys, tmp_path) -> None:
+    options = ["--checkpoint", str(tiny_directory), "--device", "cpu", "--dtype", "float32"]
+    cli.run(bench.main, [*options, "--new-tokens", "3", "--repeats", "1", "--kv-dtype", "int8"])
+    assert ", int8 cache, else float32 on" in capsys.readouterr().out
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    nll = []
+    for more in ([], ["--kv-dtype", "int8"], ["--kv-dtype", "fp8"]):
+        cli.run(evaluate.main, [*options, *more, "--text", "text", "--context", "32", "--windows", "1", "--json"])
+        result = json.loads(capsys.readouterr().out)
+        assert result["kv_dtype"] == (more[1] if more else None)
+        nll.append(result["nll"])
+    plain, int8, fp8 = nll
+    assert 0 < abs(int8 - plain) < abs(fp8 - plain) < 0.02 * plain
 
 
 def test_bench_and_evaluate_quantize_as_generate_does(tiny_directory, capsys, tmp_path) -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import StaticCache
-from kernels import elementwise
+from cache import KV_DTYPES, StaticCache
+from kernels import codes, elementwise
 from model import RMSNorm, apply_rope
 
 pytest.importorskip("triton")
@@ -228,6 +228,37 @@ def test_cos_and_sin_may_be_rows_of_something_wider(function):
 
 def test_the_cache_may_have_another_type():
     check(Case(dtype=torch.float32, cache_dtype=torch.float16))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(("D", "dtype"), [(8, torch.float32), (80, torch.bfloat16)])
+@pytest.mark.usefixtures("rounded_fp8")
+def test_a_cache_of_codes_gets_codes_and_scales(D, dtype, kv_dtype):
+    case, caches, queries = Case(D=D, dtype=dtype), [], []
+    case.qkv.view(6, 10, D)[0, 6:] = 0.0  # a key and a value of zeros
+    for function in (elementwise.rope_write_kernel, elementwise.rope_write_twin):
+        cache = StaticCache.allocate(
+            n_layers=2, batch=3, max_seq_len=13, n_kv_heads=2, head_dim=D, dtype=dtype, device=DEVICE,
+            kv_dtype=kv_dtype,
+        )  # fmt: skip
+        view = cache.narrow(case.slots, rows=2).layers[1]
+        q = function(
+            case.qkv, case.cos, case.sin, n_heads=6, n_kv_heads=2, head_dim=D, q_norm=case.norms[0],
+            k_norm=case.norms[1], eps=EPS, use_rope=True, k_cache=view.k, v_cache=view.v, input_pos=case.input_pos,
+            k_scale=view.k_scale, v_scale=view.v_scale,
+        )  # fmt: skip
+        caches.append(cache)
+        queries.append(q)
+    agree(*queries, roundings=4)
+    (first, ours), (_, twins) = (cache.layers for cache in caches)
+    assert not any(x.float().any() for x in first.tensors)
+    assert [x.count_nonzero().item() for x in (twins.k_scale, twins.v_scale)] == [10, 10]
+    assert torch.equal(ours.k_scale == 0, twins.k_scale == 0)
+    torch.testing.assert_close(ours.v_scale, twins.v_scale)
+    assert torch.equal(ours.v.float(), twins.v.float())
+    # A key that is rounded another way may have the next code.
+    k, k_twin = (codes.decode(x.k, x.k_scale, torch.float32) for x in (ours, twins))
+    assert (k - k_twin).norm() < 0.05 * k_twin.norm()
 
 
 @dtypes

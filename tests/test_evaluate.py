@@ -243,6 +243,18 @@ def test_models_are_held_one_at_a_time(compared, monkeypatch):
     assert len(models) == 3
 
 
+def test_a_cache_of_codes_is_measured_as_a_variant(compared):
+    name = compared.compare[0]
+    kv = ("", "+kv-int8", "+kv-fp8")
+    options = replace(compared, compare=tuple(name + variant for variant in kv))
+    plain, int8, fp8 = evaluate.run_compare(options)["models"]
+    assert [m["kv_dtype"] for m in (plain, int8, fp8)] == [None, "int8", "fp8"]
+    assert plain["bytes"] == int8["bytes"] == fp8["bytes"]  # of the model
+    assert plain["kl"] == pytest.approx(0, abs=1e-6) and 0 < int8["kl"] < fp8["kl"] < 0.05
+    # The cache is what decoding reads less of.
+    assert plain["decode_gbs"] / plain["decode_tok_s"] > int8["decode_gbs"] / int8["decode_tok_s"]
+
+
 def test_speed_is_what_bench_measures(compared, monkeypatch):
     seen = []
     time_model = bench.time_model
@@ -267,27 +279,29 @@ def test_a_comparison_is_a_table_or_one_document(compared, directory, text, caps
 
 
 @pytest.mark.parametrize(
-    ("item", "spec", "quantize"),
+    ("item", "spec", "quantize", "kv_dtype"),
     [
-        ("smollm2-135m", "smollm2-135m", None),
-        ("smollm2-135m+int8", "smollm2-135m", "int8"),
-        ("models/a+b.gguf+int4", "models/a+b.gguf", "int4"),
-        ("there+int8", "there+int8", None),
-        ("there+int8+fp8", "there+int8", "fp8"),
-        ("./+int8", "./", "int8"),
-        ("org/name@v1+cuda", "org/name@v1+cuda", None),
-        ("org/name@v1+cuda+int4", "org/name@v1+cuda", "int4"),
+        ("smollm2-135m", "smollm2-135m", None, None),
+        ("smollm2-135m+int8", "smollm2-135m", "int8", None),
+        ("smollm2-135m+kv-fp8", "smollm2-135m", None, "fp8"),
+        ("smollm2-135m+kv-int8+int4", "smollm2-135m", "int4", "int8"),
+        ("models/a+b.gguf+int4", "models/a+b.gguf", "int4", None),
+        ("there+int8", "there+int8", None, None),
+        ("there+int8+fp8", "there+int8", "fp8", None),
+        ("./+int8", "./", "int8", None),
+        ("org/name@v1+cuda", "org/name@v1+cuda", None, None),
+        ("org/name@v1+cuda+int4", "org/name@v1+cuda", "int4", None),
     ],
 )
 def test_what_follows_a_plus_is_done_while_loading_unless_it_is_a_files_name(
-    item, spec, quantize, tmp_path, monkeypatch
+    item, spec, quantize, kv_dtype, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there+int8").mkdir()
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "a+b.gguf").touch()
     variant = compare.parse_variant(item)
-    assert (variant.name, variant.checkpoint, variant.quantize) == (item, spec, quantize)
+    assert variant == compare.Variant(name=item, checkpoint=spec, quantize=quantize, kv_dtype=kv_dtype)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +311,7 @@ def test_what_follows_a_plus_is_done_while_loading_unless_it_is_a_files_name(
         ({"text": None}, "--compare measures on a text; give --text FILE"),
         ({"checkpoint": "other"}, "--checkpoint does not go with --compare: the first model of --compare is"),
         ({"quantize": "int8"}, "--quantize does not go with --compare: write --compare CKPT+FORMAT"),
+        ({"kv_dtype": "int8"}, "--kv-dtype does not go with --compare: write --compare CKPT+kv-FORMAT"),
         ({"tasks": "hellaswag"}, "--tasks does not go with --compare"),
         ({"compare": (), "plot": Path("a.png")}, "--plot draws what is compared; give --compare"),
         (

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import hardware
+from cache import KV_DTYPES
 from generate import Answer, Generator, Meter, Options, Request, describe, read_prompts
 from sampling import SamplingParams
 from tests.conftest import TINY, tiny_model
@@ -34,9 +35,9 @@ def answers(generator: Generator, prompts: Sequence[list[int]], new: int = 24, *
     return run(generator, *(Request(prompt=p, params=SamplingParams(**params), max_new_tokens=new) for p in prompts))
 
 
-def fresh(p: list[int], new: int = 24, *, max_seq_len: int = 256, **params) -> list[int]:
+def fresh(p: list[int], new: int = 24, *, max_seq_len: int = 256, kv_dtype: str | None = None, **params) -> list[int]:
     """What a prompt gives alone, on a generator that has seen nothing else."""
-    return answers(Generator(tiny_model(), max_seq_len=max_seq_len), [p], new, **params)[0]
+    return answers(Generator(tiny_model(), max_seq_len=max_seq_len, kv_dtype=kv_dtype), [p], new, **params)[0]
 
 
 @pytest.fixture
@@ -266,6 +267,35 @@ def test_compiled_samples_the_eager_tokens(compiled: Generator, lengths: tuple[i
     assert answers(compiled, prompts, 40, **SAMPLED) == [fresh(p, 40, **SAMPLED) for p in prompts]
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_compiled_gives_the_eager_tokens_over_a_cache_of_codes(compiled: Generator, kv_dtype: str) -> None:
+    # The model that another cache's library was compiled for.
+    generator = Generator(compiled.model, max_seq_len=256, batch_size=3, compile=True, kv_dtype=kv_dtype)
+    for lengths in ((1,), (70,), (5, 30)):
+        prompts = [prompt(length, seed=length) for length in lengths]
+        assert answers(generator, prompts, 40) == [fresh(p, 40, kv_dtype=kv_dtype) for p in prompts]
+    assert answers(compiled, [prompt(70)], 40) == [fresh(prompt(70), 40)]
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_cache_of_codes_is_reused_and_cut_into_chunks(monkeypatch: pytest.MonkeyPatch, kv_dtype: str) -> None:
+    generator = Generator(tiny_model(), max_seq_len=256, batch_size=2, kv_dtype=kv_dtype)
+    assert answers(generator, [prompt(40)]) == [fresh(prompt(40), kv_dtype=kv_dtype)]
+    longer = [*prompt(40), 1, 2, 3]
+    assert answers(generator, [longer]) == [fresh(longer, kv_dtype=kv_dtype)]
+    monkeypatch.setattr(Generator, "prefill_tokens", 14)
+    assert answers(generator, [prompt(45), prompt(9)]) == [fresh(p, kv_dtype=kv_dtype) for p in (prompt(45), prompt(9))]
+
+
+def test_a_cache_cannot_be_stored_in_any_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="int4; there are int8, fp8"):
+        Generator(tiny_model(), max_seq_len=8, kv_dtype="int4")
+    monkeypatch.setattr(hardware, "has_fp8", lambda device: False)
+    with pytest.raises(ValueError, match="take --kv-dtype int8"):
+        Generator(tiny_model(), max_seq_len=8, kv_dtype="fp8")
+    Generator(tiny_model(), max_seq_len=8, kv_dtype="int8")
+
+
 def test_no_prompt_length_recompiles(compiled: Generator) -> None:
     answers(compiled, [prompt(7)], 4)
     before = counters["stats"]["unique_graphs"]
@@ -424,6 +454,8 @@ def test_a_step_reads_every_weight_once_and_the_live_cache(generator: Generator)
     per_slot = 2 * TINY.n_layers * TINY.n_kv_heads * TINY.head_dim * 4
     assert generator.step_bytes(100) == weights + 100 * per_slot
     assert generator.step_bytes(100, rows=3) == weights + 300 * per_slot
+    int8 = Generator(model, max_seq_len=128, kv_dtype="int8")
+    assert int8.step_bytes(100) == weights + 100 * per_slot // 4 // TINY.head_dim * (TINY.head_dim + 4)
     tied = Generator(tiny_model(replace(TINY, tied_head=True)), max_seq_len=64)
     assert tied.step_bytes(1) == sum(p.nbytes for p in tied.model.parameters()) + per_slot  # the head is read whole
 
