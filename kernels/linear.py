@@ -167,6 +167,7 @@ def launch(
     if norm is not None and ((packed and half) or (M > 1 and (packed or half))):
         x, norm = elementwise.rms_norm(x, norm, eps), None
     plan = plan or tuning.plan(weight.format, M, N, K, mode, x)
+    BK = min(plan.BK, triton.next_power_of_2(K))
     BM = triton.next_power_of_2(M)
     options = {
         "bias": x if weight.bias is None else weight.bias,
@@ -202,9 +203,9 @@ def launch(
             **options,
         )
     elif M == 1:
-        _vector_kernel[grid](x, weight.data, BK=min(plan.BK, triton.next_power_of_2(K)), **options)
+        _vector_kernel[grid](x, weight.data, BK=BK, **options)
     else:
-        BK = max(min(plan.BK, triton.next_power_of_2(K)), 16)  # a tensor core's least
+        BK = max(BK, 16)  # a tensor core's least
         _tile_kernel[grid](x, weight.data, M=M, BM=max(BM, 16), BK=BK, num_stages=plan.depth, **options)
 
 
