@@ -90,6 +90,7 @@ class FakeTicket:
 
 class FakeRunner:
     vocab_size = VOCAB
+    overlaps = True
 
     def __init__(
         self,
