@@ -42,7 +42,7 @@ class KVCache(Protocol):
 
 
 def masks_of(input_pos: Tensor, length: int, window: int | None) -> tuple[Tensor, Tensor]:
-    """Which of `length` slots tokens at input_pos [B, T] see, bool [B, 1, T, S]: up to their own, and `window` of those."""
+    """Which of `length` slots tokens at input_pos [B, T] see, bool [B, 1, T, S]: `window` ones up to their own."""
     slot = torch.arange(length, device=input_pos.device)
     pos = input_pos[:, None, :, None]  # [B, 1, T, 1]
     mask = slot <= pos
