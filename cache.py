@@ -138,6 +138,31 @@ def layer_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> StaticLayer:
     return StaticLayer(*tensors) if len(tensors) == 2 else QuantizedLayer(*tensors, dtype)
 
 
+def layers_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[StaticLayer]:
+    """The layers that tensors [n_layers, ...] store."""
+    return [layer_of(layer, dtype) for layer in zip(*tensors, strict=True)]
+
+
+def new_storage(
+    *,
+    n_layers: int,
+    batch: int,
+    max_seq_len: int,
+    n_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kv_dtype: str | None = None,
+) -> list[Tensor]:
+    """Memory for the keys and values of every layer, in the model's `dtype` or in one of `KV_DTYPES`."""
+    shape = 2, n_layers, batch, max_seq_len, n_kv_heads, head_dim
+    # Zeros, not empty: a masked slot still meets the softmax's zero weight, and 0 * NaN is NaN.
+    tensors = [*torch.zeros(shape, dtype=dtype if kv_dtype is None else KV_DTYPES[kv_dtype], device=device)]
+    if kv_dtype is not None:
+        tensors += torch.zeros(shape[:-1], device=device)  # the scales
+    return tensors
+
+
 class StaticCache:
     """One block of memory for every layer: `batch` rows of `max_seq_len` slots.
 
@@ -150,25 +175,9 @@ class StaticCache:
         self.tail = tail
 
     @classmethod
-    def allocate(
-        cls,
-        *,
-        n_layers: int,
-        batch: int,
-        max_seq_len: int,
-        n_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        kv_dtype: str | None = None,
-    ) -> "StaticCache":
-        """A cache for a model in `dtype`, stored in that or in one of `KV_DTYPES`."""
-        shape = 2, n_layers, batch, max_seq_len, n_kv_heads, head_dim
-        # Zeros, not empty: a masked slot still meets the softmax's zero weight, and 0 * NaN is NaN.
-        tensors = [*torch.zeros(shape, dtype=dtype if kv_dtype is None else KV_DTYPES[kv_dtype], device=device)]
-        if kv_dtype is not None:
-            tensors += torch.zeros(shape[:-1], device=device)  # the scales
-        return cls([layer_of(layer, dtype) for layer in zip(*tensors, strict=True)])
+    def allocate(cls, *, dtype: torch.dtype, **storage: Any) -> "StaticCache":
+        """A cache for a model in `dtype`; `new_storage` says what else it takes."""
+        return cls(layers_of(new_storage(dtype=dtype, **storage), dtype))
 
     @property
     def max_seq_len(self) -> int:
@@ -270,29 +279,31 @@ class PagedView:
 class PagedCache:
     """Blocks of slots for every layer. Block 0 belongs to nobody: what pads a batch is written there."""
 
-    def __init__(self, blocks: StaticCache) -> None:
-        self.blocks = blocks
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.tensors = tensors  # [n_layers, n_blocks, block_size, ...] each
+        self.layers = layers_of(tensors, dtype)
 
     @classmethod
-    def allocate(cls, *, n_blocks: int, block_size: int, **model: Any) -> "PagedCache":
-        """As `StaticCache.allocate`, whose rows are blocks here."""
-        return cls(StaticCache.allocate(batch=n_blocks, max_seq_len=block_size, **model))
-
-    @property
-    def layers(self) -> Sequence[StaticLayer]:
-        return self.blocks.layers
+    def allocate(cls, *, n_blocks: int, block_size: int, dtype: torch.dtype, **storage: Any) -> "PagedCache":
+        """A cache for a model in `dtype`; `new_storage` says what else it takes."""
+        return cls(new_storage(batch=n_blocks, max_seq_len=block_size, dtype=dtype, **storage), dtype)
 
     @property
     def n_blocks(self) -> int:
-        return self.layers[0].k.shape[0]
+        return self.tensors[0].shape[1]
 
     @property
     def block_size(self) -> int:
-        return self.blocks.max_seq_len
+        return self.tensors[0].shape[2]
 
     @property
     def nbytes(self) -> int:
-        return self.blocks.nbytes
+        return sum(x.nbytes for x in self.tensors)
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Let blocks be copies of others, int64 [any] each; none is on both sides."""
+        for x in self.tensors:
+            x[:, targets] = x[:, sources]
 
     def view(self, batch: PagedBatch) -> PagedView:
         return PagedView(self.layers, batch)
