@@ -17,9 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import hardware
 from kernels.codes import decode, encode
 
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what a cache can be stored in beside the model's dtype
+
+
+def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
+    """ValueError where a cache cannot be stored so on this device."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise ValueError(f"a cache cannot be stored in {kv_dtype}; there are {', '.join(KV_DTYPES)}")
+    if kv_dtype == "fp8" and not hardware.has_fp8(device):
+        raise ValueError(f"{hardware.device_name(device)} has no fp8 numbers; take --kv-dtype int8")
 
 
 class LayerCache(Protocol):
