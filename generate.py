@@ -125,7 +125,7 @@ class Generator:
         longest = max(len(r.prompt) for r in requests)
         last_step = max(min(r.max_new_tokens, self.max_seq_len - len(r.prompt)) for r in requests) - 1
         self.prefill([r.prompt for r in requests], start, sampling)
-        pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        pending: deque[hardware.Arrival] = deque()
         lookahead = self.lookahead if self.device.type == "cuda" else 0
         step = 0
         try:
@@ -135,11 +135,9 @@ class Generator:
                     steps = self.burst if last_step - step >= self.burst else 1
                     step += steps
                     self.decode(min(longest + step, self.max_seq_len), sampling, steps)
-                    pending.append(self._send(B, steps))
-                tokens, sent = pending.popleft()
-                if sent is not None:
-                    sent.synchronize()
-                for newest in tokens.tolist():
+                    pending.append(hardware.Arrival(self.tokens[-steps:, :B, 0]))
+                (tokens,) = pending.popleft().wait()
+                for newest in tokens.tolist():  # [steps, B]
                     yield from self._accept(requests, newest)
         finally:
             if B == 1:  # also when the caller stops early: what is known to be written stays usable
@@ -253,16 +251,6 @@ class Generator:
         kept = self.samplings.setdefault((len(requests), new.kind), new)
         kept.copy_(new)
         return kept
-
-    def _send(self, rows: int, steps: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Start copying the latest steps' tokens [steps, rows] to the host, to be read once the event has passed."""
-        tokens = self.tokens[-steps:, :rows, 0]
-        if self.device.type != "cuda":
-            return tokens.cpu(), None
-        host = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
-        sent = torch.cuda.Event()
-        sent.record()
-        return host, sent
 
     def _accept(self, requests: Sequence[Request], tokens: Sequence[int]) -> Iterator[Request]:
         for request, token in zip(requests, tokens, strict=True):

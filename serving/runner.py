@@ -1,67 +1,52 @@
 """Runs the scheduler's steps on the device and fetches the tokens that they draw.
 
-What the next step of a sequence needs stays on the device, in tables by slot: its newest token, where that goes, its
-blocks. A step sends what it changes in one small copy. Steps that only decode send nothing else: on CUDA they are
-graphs over the tables, one for each of some batch sizes, and nothing on the way waits for the device; `Ticket.wait`
-does, for its own step. Everything here is rows and tokens: who they belong to and when they end is the scheduler's.
+What a sequence's next step needs stays on the device, in tables by slot: its newest token, where that goes, its
+blocks. A step sends what it changes there in one small copy. One that only decodes sends nothing else: on CUDA it is
+a graph over the tables, of which there is one for each of some batch sizes. Nothing here waits for the device but
+`Ticket.wait`, for its own step. Who a row belongs to and when it ends is the scheduler's.
 """
 
+import gc
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache import PagedBatch, PagedCache
+import hardware
+from cache import PagedBatch, PagedCache, check_kv_dtype, new_storage
+from compiling import compile_model
 from model import Transformer
-from sampling import History, SamplingBatch, sample
+from quant.linears import settle_model
+from sampling import SamplingBatch, SamplingParams, sample
+from serving.drawing import Drawing, Rows
 from serving.request import TokenLogprobs
-from serving.scheduler import Step, Work
+from serving.scheduler import Step
 
 if TYPE_CHECKING:
     from kernels.decoder import Decoder
+    from serving.engine import EngineOptions
 
-FUSED_ROWS = 16  # up to so many greedy rows, the head's kernel finds the largest logits without writing any
+FUSED_ROWS = 16  # up to so many greedy rows, the head's kernel finds the largest logits and writes none
 
 
 class Ticket:
-    """The results of a step under way: tensors on their way to the host."""
+    """The results of a step that is under way."""
 
-    def __init__(self, rows: "Rows", tokens: Tensor, logprobs: Sequence[Tensor]) -> None:
+    def __init__(self, rows: Rows, tokens: Tensor, logprobs: Sequence[Tensor]) -> None:
         self.rows = rows
-        self.tokens, *self.logprobs = (_to_host(x) for x in (tokens, *logprobs))
-        self.arrived: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+        self.arrival = hardware.Arrival(tokens, *logprobs)
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """The token of each Work that samples, decodes first, with its logprobs where they were asked for."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        tokens, logprobs = self.tokens.tolist(), [None] * len(self.tokens)
-        if self.logprobs:
-            for (row, alternatives), own, values, ids in zip(
-                self.rows.reports, *(x.tolist() for x in self.logprobs), strict=True
-            ):
-                top = list(zip(ids, values, strict=True))[:alternatives]
-                logprobs[row] = TokenLogprobs(tokens[row], own, top)
-        return tokens, logprobs
-
-
-@dataclass(kw_only=True, eq=False)
-class Rows:
-    """The sequences that a step draws a token for, and what drawing takes."""
-
-    slots: list[int]
-    index: Tensor  # int64 [n], the slots on the device
-    sampling: SamplingBatch | None  # None: every row takes its largest logit, as it is
-    bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows, tokens and what their logits gain, [any] each
-    reports: Sequence[tuple[int, int]] = ()  # (row, number of alternatives) where logprobs are asked for
-    report_index: Tensor | None = None  # their rows, int64
+        """The token of each Work that samples, decodes first, and its logprobs where they were asked for."""
+        tokens, *logprobs = (x.tolist() for x in self.arrival.wait())
+        reports: list[TokenLogprobs | None] = [None] * len(tokens)
+        for (row, alternatives), own, values, ids in zip(self.rows.reports, *logprobs, strict=True):
+            top = list(zip(ids, values, strict=True))[:alternatives]
+            reports[row] = TokenLogprobs(tokens[row], own, top)
+        return tokens, reports
 
 
 class Runner:
@@ -75,101 +60,82 @@ class Runner:
         block_size: int,
         max_running: int,
         max_step_tokens: int,
-        max_seq_len: int | None = None,
         n_host_blocks: int = 0,
         kv_dtype: str | None = None,
         decoder: "Transformer | Decoder | None" = None,
     ) -> None:
-        """`decoder` is what runs the model, as `compile_model` makes it. Blocks bound `max_seq_len`: one is the null block."""
-        config, weight = model.config, model.norm.weight
-        self.decoder = model if decoder is None else decoder
-        self.device, self.vocab_size = weight.device, config.vocab_size
+        """`decoder` is what runs the model, as `compile_model` makes it. A sequence is no longer than all blocks."""
+        self.decoder = decoder or model
+        self.device, self.vocab_size = model.norm.weight.device, model.config.vocab_size
         self.n_blocks, self.block_size, self.n_host_blocks = n_blocks, block_size, n_host_blocks
         self.max_running, self.max_step_tokens = max_running, max_step_tokens
-        self.max_seq_len = min(max_seq_len or config.max_seq_len, config.max_seq_len, (n_blocks - 1) * block_size)
-        self.cache = PagedCache.allocate(
-            n_blocks=n_blocks,
-            block_size=block_size,
-            n_layers=config.n_layers,
-            n_kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            dtype=weight.dtype,
-            device=self.device,
-            kv_dtype=kv_dtype,
-        )
-        pinned = self.device.type == "cuda"
+        self.max_seq_len = min(model.config.max_seq_len, (n_blocks - 1) * block_size)
+        self.overlaps = self.device.type == "cuda"
+        self.cache = PagedCache(_storage(model, n_blocks, block_size, kv_dtype), model.norm.weight.dtype)
         self.host_blocks = [  # [n_host_blocks, n_layers, block_size, ...] each
-            torch.empty(n_host_blocks, len(x), *x.shape[2:], dtype=x.dtype, pin_memory=pinned)
-            for x in (self.cache.tensors if n_host_blocks else ())
+            torch.empty(n_host_blocks, len(x), *x.shape[2:], dtype=x.dtype, pin_memory=self.overlaps)
+            for x in self.cache.tensors
+            if n_host_blocks
         ]
-        # By slot. The last row is the null row, which pads batches: it stays at position 0 of the null block.
+        # By slot. The last row pads batches: it stays at the beginning of block 0, which belongs to nobody.
         self.null_row = max_running
         self.newest = torch.zeros(max_running + 1, dtype=torch.int64, device=self.device)
         self.position = torch.zeros_like(self.newest)  # of the newest token
-        blocks = -(-self.max_seq_len // block_size)
-        self.tables = torch.zeros(max_running + 1, blocks, dtype=torch.int32, device=self.device)
-        self.history: History | None = None  # by slot as well; made when the first sequence is penalized
-
-        self.fused = decoder is not None and decoder is not model  # kernels, which also end a greedy step
-        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor | None]]] = {}
-        # What decode graphs run, the first so many of them: slots, as the kernels and as torch take them.
-        self.rows = torch.full((max_running,), self.null_row, dtype=torch.int32, device=self.device)
-        self.drawn: Rows | None = None  # of the latest step ...
-        self.shown: Rows | None = None  # ... and those that `rows` holds
-
-    # ---- A step ------------------------------------------------------------------------------------------------------
+        n = -(-self.max_seq_len // block_size)
+        self.tables = torch.zeros(max_running + 1, n, dtype=torch.int32, device=self.device)
+        self.drawing = Drawing(slots=max_running + 1, vocab_size=self.vocab_size, device=self.device)
+        # The slots that decode steps run, the first so many, and who they are.
+        self.decoding = torch.full((max_running,), self.null_row, dtype=torch.int32, device=self.device)
+        self.decoded: Rows | None = None
+        self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
+        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
 
     @torch.no_grad()
     def launch(self, step: Step) -> Ticket:
-        """Enqueue a step. Where the device is the CPU it has run on return."""
+        """Enqueue a step. On the CPU it is done on return."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # of this thread
         self._move_blocks(step)
         self._update_tables(step)
+        self.drawing.join(step.joined)
         works = [work for work in itertools.chain(step.decodes, step.prefills) if work.samples]
-        rows = self._rows_of(works, anew=bool(step.joined))
+        rows = self.drawing.rows_of(works)
         if step.prefills:
-            logits = self._mixed(step, rows)
-            tokens = logits.argmax(-1) if rows.sampling is None else None
+            tokens, logits = None, self._mixed(step, rows)
         else:
             tokens, logits = self._decode(rows)
-        if rows.sampling is None:
-            if step.prefills:
-                self.newest[rows.index] = tokens
-            return Ticket(rows, tokens, ())
-        return self._draw(rows, works, logits)
+        reports: list[Tensor] = []
+        if tokens is None or rows.sampling is not None:
+            tokens, reports = self.drawing.draw(rows, works, logits, self.position[rows.index])
+            self.newest[rows.index] = tokens
+        return Ticket(rows, tokens, reports)
 
     def _move_blocks(self, step: Step) -> None:
         if step.swap_out:
             device, host = zip(*step.swap_out, strict=True)
-            (index,) = self._send(np.array(device))
+            (index,) = hardware.send(self.device, np.array(device))
             for x, kept in zip(self.cache.tensors, self.host_blocks, strict=True):
-                for block, there in zip(x[:, index].transpose(0, 1).contiguous(), host, strict=True):
+                for there, block in zip(host, x[:, index].transpose(0, 1).contiguous(), strict=True):
                     kept[there].copy_(block, non_blocking=True)
         if step.swap_in:
             host, device = zip(*step.swap_in, strict=True)
-            (index,) = self._send(np.array(device))
+            (index,) = hardware.send(self.device, np.array(device))
             for x, kept in zip(self.cache.tensors, self.host_blocks, strict=True):
-                blocks = torch.stack([kept[there].to(self.device, non_blocking=True) for there in host], dim=1)
-                x[:, index] = blocks
+                x[:, index] = torch.stack([kept[there].to(self.device, non_blocking=True) for there in host], dim=1)
         if step.copies:
-            self.cache.copy(*self._send(*np.array(step.copies).T.copy()))
+            self.cache.copy(*hardware.send(self.device, *np.array(step.copies).T))
 
     def _update_tables(self, step: Step) -> None:
-        """The entries of tables that a step changes, those of sequences that join among them."""
         joined = [(s.slot, s.tokens[-1], len(s.tokens) - 1) for s in step.joined]
-        if step.table or joined:
-            changes = np.array([*step.table, *joined], dtype=np.int64).T.copy()  # [3, any]
-            (changes,) = self._send(changes)
-            (slot, index, block), (joins, newest, position) = changes.split((len(step.table), len(joined)), dim=1)
-            self.tables[slot, index] = block.int()
-            self.newest[joins], self.position[joins] = newest, position
-        for sequence in step.joined:
-            if sequence.params.penalizes:
-                if self.history is None:
-                    self.history = History.allocate(len(self.newest), vocab_size=self.vocab_size, device=self.device)
-                met = self._send(*(np.array(x, dtype=np.int64) for x in (sequence.request.prompt, sequence.generated)))
-                self.history.begin(sequence.slot, *met)
+        if not step.table and not joined:
+            return
+        (changes,) = hardware.send(self.device, np.array([*step.table, *joined], dtype=np.int64).T)  # [3, any]
+        entries, states = changes.split((len(step.table), len(joined)), dim=1)
+        slot, index, block = entries
+        self.tables[slot, index] = block.int()
+        slot, newest, position = states
+        self.newest[slot], self.position[slot] = newest, position
 
     def _mixed(self, step: Step, rows: Rows) -> Tensor:
         """One forward over decodes and prefills: logits [n, V] of those that sample."""
@@ -181,126 +147,170 @@ class Runner:
             at[here] = np.arange(work.start, work.start + work.count)
             if i >= D:
                 tokens[here] = work.sequence.tokens[work.start : work.start + work.count]
-        tokens, at, last, slots, starts = self._send(
+        tokens, at, last, slots, starts = hardware.send(
+            self.device,
             tokens,
             at,
             np.array([end - 1 for work, end in zip(works, ends, strict=True) if work.samples], dtype=np.int64),
             np.array([work.sequence.slot for work in works], dtype=np.int32),
             np.array([D, *ends[D:]], dtype=np.int32),
         )
-        longest = max(work.count for work in step.prefills)
         tokens[:D] = self.newest[slots[:D]]
-        view = self.cache.view(PagedBatch(self.tables, slots, D, starts, longest))
-        x = self.decoder.hidden(tokens[None], at[None], view)  # [1, T, C]
+        longest = max(work.count for work in step.prefills)
+        x = self._hidden(tokens, at, slots, D, starts, longest)
         self.position[rows.index] = at[last] + 1
-        return self.decoder.logits(x[:, last])[0].float()
+        return self._logits(x[:, last])
 
     def _decode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """One step of running sequences: their largest logits' tokens [n], and logits [n, V] unless they are fused."""
+        """A step of running sequences: the tokens [n] of their largest logits; logits [n, V] if they were written."""
         n = len(rows.slots)
-        size = n if self.device.type == "cpu" else next(size for size in buckets(self.max_running) if size >= n)
-        if rows is not self.shown:
-            self.rows[:n], self.rows[n:] = rows.index, self.null_row
-            self.shown = rows
+        size = n if not self.graphs else next(size for size in buckets(self.max_running) if size >= n)
+        if rows is not self.decoded:
+            self.decoding[:n], self.decoding[n:] = rows.index, self.null_row
+            self.decoded = rows
         fused = rows.sampling is None and self._fuses(size)
-        graph, results = self.graphs.get((size, fused), (None, None))
-        if graph is None:
-            results = self._step(size, fused)
-        else:
+        if (size, fused) in self.graphs:
+            graph, *results = self.graphs[size, fused]
             graph.replay()
-        return tuple(None if x is None else x[:n] for x in results)
+        else:
+            results = self._step(size, fused)
+        tokens, logits = results
+        return tokens[:n], None if logits is None else logits[:n]
 
     def _fuses(self, size: int) -> bool:
-        return self.fused and size <= FUSED_ROWS
+        return self.kernels and size <= FUSED_ROWS
 
     def _step(self, size: int, fused: bool) -> tuple[Tensor, Tensor | None]:
-        """A decode step of the first `size` of `rows`: reads and writes the tables alone, so that a graph can hold it."""
-        rows = self.rows[:size]
-        index = rows.long()
+        """A step of the first `size` slots in `decoding`. It reads and writes tables alone, so a graph can hold it."""
+        slots = self.decoding[:size]
+        index = slots.long()
         tokens, at = self.newest[index], self.position[index]
-        ends = torch.full((1,), size, dtype=torch.int32, device=self.device)
-        x = self.decoder.hidden(tokens[None], at[None], self.cache.view(PagedBatch(self.tables, rows, size, ends, 0)))
+        x = self._hidden(tokens, at, slots, size, slots.new_full((1,), size), 0)
         logits = None
         if fused:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
         else:
-            logits = self.decoder.logits(x)[0].float()  # [size, V]
+            logits = self._logits(x)
             tokens, at = logits.argmax(-1), at + 1
         self.newest[index], self.position[index] = tokens, at
-        self.position[self.null_row].zero_()
+        self.position[self.null_row :].zero_()
         return tokens, logits
 
-    # ---- Drawing -----------------------------------------------------------------------------------------------------
+    def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
+        view = self.cache.view(PagedBatch(self.tables, slots, decodes, starts, longest))
+        return self.decoder.hidden(tokens[None], at[None], view)  # [1, T, C]
 
-    def _rows_of(self, works: Sequence[Work], *, anew: bool) -> Rows:
-        """What the rows of a step are, kept from the step before where it had the same."""
-        slots = [work.sequence.slot for work in works]
-        if anew or self.drawn is None or slots != self.drawn.slots:
-            self.drawn = self._new_rows([work.sequence for work in works], slots)
-        return self.drawn
-
-    def _new_rows(self, sequences: Sequence, slots: list[int]) -> Rows:
-        (index,) = self._send(np.array(slots, dtype=np.int64))
-        params, requests = [s.params for s in sequences], [s.request for s in sequences]
-        bias = [(row, token, x) for row, r in enumerate(requests) for token, x in r.logit_bias.items()]
-        reports = [(row, r.logprobs) for row, r in enumerate(requests) if r.logprobs is not None]
-        constrained = any(s.constraint is not None for s in sequences)
-        if not (bias or reports or constrained or any(p.penalizes or p.temperature for p in params)):
-            return Rows(slots=slots, index=index, sampling=None)
-        sampling = SamplingBatch(params, vocab_size=self.vocab_size, device="cpu", history=self.history)
-        for name, x in zip(sampling.columns, self._send(*(x.numpy() for x in sampling.columns.values())), strict=True):
-            setattr(sampling, name, x)
-        rows = Rows(slots=slots, index=index, sampling=sampling, reports=reports)
-        if bias:
-            row, token, gain = zip(*bias, strict=True)
-            rows.bias = self._send(np.array(row), np.array(token), np.array(gain, dtype=np.float32))
-        if reports:
-            (rows.report_index,) = self._send(np.array([row for row, _ in reports]))
-        return rows
-
-    def _draw(self, rows: Rows, works: Sequence[Work], logits: Tensor) -> Ticket:
-        """The tokens that follow, from logits [n, V], by each row's parameters. Overwrites the logits."""
-        logprobs = logits[rows.report_index].log_softmax(-1) if rows.reports else None  # the model's own
-        if rows.bias is not None:
-            row, token, gain = rows.bias
-            logits[row, token] += gain
-        self._forbid(works, logits)
-        if rows.sampling.penalizes:
-            rows.sampling.history = self.history.take(rows.index)
-        tokens = sample(logits, rows.sampling, self.position[rows.index])
-        if rows.sampling.penalizes:
-            self.history.count(rows.index, tokens)
-        self.newest[rows.index] = tokens
-        if not rows.reports:
-            return Ticket(rows, tokens, ())
-        own = logprobs.gather(1, tokens[rows.report_index][:, None])[:, 0]
-        top = logprobs.topk(min(max(n for _, n in rows.reports), self.vocab_size))
-        return Ticket(rows, tokens, (own, top.values, top.indices))
-
-    def _forbid(self, works: Sequence[Work], logits: Tensor) -> None:
-        """-inf where a constraint has no bit."""
-        masks = {row: work.mask for row, work in enumerate(works) if work.mask is not None}
-        if not masks:
-            return
-        index, words = self._send(np.array(list(masks)), np.stack(list(masks.values())))
-        bits = torch.arange(32, dtype=torch.int32, device=self.device)
-        allowed = (words[:, :, None] >> bits & 1).flatten(1)[:, : self.vocab_size].bool()  # [masks, at most V]
-        at_most = allowed.shape[1]
-        logits[index, :at_most] = logits[index, :at_most].masked_fill(~allowed, -torch.inf)
-        logits[index, at_most:] = -torch.inf
+    def _logits(self, x: Tensor) -> Tensor:
+        """fp32 [n, V] from x [1, n, C]."""
+        if not x.shape[1]:
+            return x.new_zeros(0, self.vocab_size, dtype=torch.float32)
+        return self.decoder.logits(x)[0].float()
 
     # ---- Getting ready -----------------------------------------------------------------------------------------------
 
-    def _send(self, *arrays: np.ndarray) -> list[Tensor]:
-        """Small arrays on the device, by one copy that nobody waits for.
+    @torch.no_grad()
+    def run_largest(self) -> None:
+        """What takes the most memory: a full step of new tokens, and all rows sampled."""
+        T, most = self.max_step_tokens, min(self.max_step_tokens, self.max_seq_len)
+        starts = torch.tensor([*range(0, T, most), T], dtype=torch.int32).to(self.device)
+        slots = torch.full((len(starts) - 1,), self.null_row, dtype=torch.int32, device=self.device)
+        at = torch.arange(T, device=self.device) % most
+        x = self._hidden(torch.zeros_like(at), at, slots, 0, starts, most)
+        logits = self._logits(x[:, :1].expand(-1, self.max_running, -1).contiguous())
+        params = [SamplingParams(temperature=1.0, top_p=0.9)] * self.max_running
+        sample(logits, SamplingBatch(params, vocab_size=self.vocab_size, device=self.device), self.newest[:-1])
 
-        torch keeps the pinned memory of a copy under way from being given away, so each step takes its own.
-        """
-        if self.device.type != "cuda":
-            return [torch.from_numpy(x) for x in arrays]
-        offsets = [0, *itertools.accumulate(-(-x.nbytes // 16) * 16 for x in arrays)]
-        host = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
-        pieces = [
-            host[begin : begin + x.nbytes].view(torch.from_numpy(x).dtype).view(x.shape)
-            for x, begin in zip(arrays, offsets, strict=False)
-        ]
+    @torch.no_grad()
+    def prepare(self, size: int) -> None:
+        """Compile what decode steps of a size need, and capture them on CUDA."""
+        self.decoding[:], self.decoded = self.null_row, None
+        for fused in {False, self._fuses(size)}:
+            self._step(size, fused)
+            if self.graph_pool is not None and self.kernels:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.graph_pool):
+                    results = self._step(size, fused)
+                self.graphs[size, fused] = graph, *results
+
+
+def buckets(most: int) -> list[int]:
+    """The sizes that decode graphs have: a batch fits one with little to spare, the largest exactly."""
+    return [*(size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, *range(128, most, 32)) if size < most), most]
+
+
+def _storage(
+    model: Transformer, n_blocks: int, block_size: int, kv_dtype: str | None, device: str | None = None
+) -> list[Tensor]:
+    config, weight = model.config, model.norm.weight
+    return new_storage(
+        n_layers=config.n_layers,
+        batch=n_blocks,
+        max_seq_len=block_size,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        dtype=weight.dtype,
+        device=device or weight.device,
+        kv_dtype=kv_dtype,
+    )
+
+
+def make_runner(
+    model: Transformer, options: "EngineOptions", *, kv_dtype: str | None = None, compile: bool = False
+) -> Runner:
+    """A runner that is ready, with the cache that the options and the device's memory allow."""
+    device = model.norm.weight.device
+    check_kv_dtype(kv_dtype, device)
+    if device.type == "cpu":
+        settle_model(model)
+    decoder = model
+    if compile:
+        decoder = compile_model(model, max_seq_len=model.config.max_seq_len, batch_size=options.max_running)
+    block_size = options.block_size or (64 if device.type == "cuda" else 16)
+    block_bytes = sum(x.nbytes for x in _storage(model, 1, block_size, kv_dtype, "meta"))
+
+    def new(n_blocks: int, n_host_blocks: int = 0) -> Runner:
+        return Runner(
+            model,
+            n_blocks=n_blocks,
+            block_size=block_size,
+            max_running=options.max_running,
+            max_step_tokens=options.max_step_tokens,
+            n_host_blocks=n_host_blocks,
+            kv_dtype=kv_dtype,
+            decoder=decoder,
+        )
+
+    if options.kv_cache_gb is None and device.type == "cuda":
+        fitting = -(-min(model.config.max_seq_len, options.max_step_tokens) // block_size) + 1
+        memory = free_memory(device, options.gpu_memory_utilization, lambda: new(fitting))
+        remedy = "raise --gpu-memory-utilization or lower --max-step-tokens"
+    else:
+        memory = (options.kv_cache_gb or 1.0) * 1e9
+        remedy = "raise --kv-cache-gb"
+    n_blocks = int(memory // block_bytes)
+    if n_blocks < 2:
+        raise ValueError(
+            f"there are {max(memory, 0) / 1e9:.3f} GB for the cache, where two blocks of {block_size} tokens take "
+            f"{2 * block_bytes / 1e9:.3f} GB; {remedy}"
+        )
+    runner = new(n_blocks, int(options.swap_gb * 1e9 // block_bytes))
+    if compile:
+        for size in reversed(buckets(options.max_running)) if device.type == "cuda" else (1, 2):
+            runner.prepare(size)
+        hardware.synchronize(device)
+    return runner
+
+
+def free_memory(device: torch.device, share: float, trial: Callable[[], Runner]) -> float:
+    """Bytes that a cache may take of a share of a GPU: what is left when a `trial` has run its largest steps."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    runner = trial()
+    runner.run_largest()
+    if runner.kernels:
+        runner.prepare(runner.max_running)
+    used = free - torch.cuda.mem_get_info(device)[0] - runner.cache.nbytes
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()
+    return free - used - (1 - share) * total
