@@ -20,7 +20,7 @@ from serving.runner import Runner, buckets, make_runner
 from tests.conftest import TINY, new_cache, tiny_model
 
 V = TINY.vocab_size
-SIZES = {"n_blocks": 101, "block_size": 4, "max_running": 64, "max_step_tokens": 64}
+SIZES = {"n_blocks": 501, "block_size": 4, "max_running": 64, "max_step_tokens": 64}
 SWITCHES = {
     "llama": {},
     "sliding": {"sliding_window": 5, "sliding_layers": (0,)},
@@ -102,7 +102,7 @@ def crowd_alone(switches: str) -> dict[tuple[str, int], list[int]]:
     ("sizes", "options"),
     [
         ({}, {}),
-        ({"max_step_tokens": 1000, "n_blocks": 301}, {"no_prefix_caching": True}),  # whole prompts
+        ({"max_step_tokens": 1000, "n_blocks": 501}, {"no_prefix_caching": True}),  # whole prompts
         ({"n_blocks": 41}, {"policy": "mlfq"}),  # little memory: preemption by recomputation
         ({"n_blocks": 41, "n_host_blocks": 60}, {}),  # or by swapping
     ],
