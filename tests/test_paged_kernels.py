@@ -1,12 +1,17 @@
 """Attention over block tables: kernels against their twins, and a decoder against the model over the plain view."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
-from cache import KV_DTYPES
-from kernels import attention, codes, paged, tuning
+from cache import KV_DTYPES, PagedBatch, PagedCache
+from kernels import attention, codes, language, paged, tuning
 from kernels.attention import Heads, Pages, Scratch
+from kernels.decoder import Decoder
 from kernels.tuning import AttentionPlan, PromptPlan
+from tests.conftest import TINY, tiny_model
 from tests.test_kernels import DEVICE, random, same
 
 pytest.importorskip("triton")
@@ -113,11 +118,33 @@ def check_decode(heads: Heads, positions: list[int], page: int, plan: AttentionP
             assert pool.k[untouched].isnan().all() and pool.v[untouched].isnan().all()
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("one head a key head", "blocks in a row"),
+        ("three a key head", "one block a split"),
+        ("four, with norms", "larger blocks"),
+        ("seven, no rope", "one split"),
+        ("window", "one block a split"),
+        ("window", "blocks in a row"),
+        ("window of one", "one split"),
+        ("head dim 80", "larger blocks"),
+        ("head dim 96, one key head", "blocks in a row"),
+    ],
+)
 def test_decode_attention_over_a_block_table(name: str, plan: str) -> None:
     page = 32 if plan == "larger blocks" else 16
-    check_decode(HEADS[name], [page * 4, 3, page * 2 - 1], page, PLANS[plan])
+    check_decode(HEADS[name], [page * 3, 3, page * 2 - 1], page, PLANS[plan])
+
+
+def test_blocks_of_64_slots() -> None:
+    check_decode(HEADS["one head a key head"], [150], 64, AttentionPlan(64, 64, 2, 4))
+
+
+@pytest.mark.parametrize(("kv_dtype", "name"), [("int8", "window"), ("fp8", "three a key head")])
+@pytest.mark.usefixtures("rounded_fp8")
+def test_decode_attention_over_blocks_of_codes(kv_dtype: str, name: str) -> None:
+    check_decode(HEADS[name], [33, 16], 16, PLANS["blocks in a row"], kv_dtype, 2e-3)
 
 
 def check_prompts(
@@ -153,3 +180,68 @@ PROMPT_PLANS = {"small": PromptPlan(16, 16, 4, 2), "large": PromptPlan(64, 32, 4
 @pytest.mark.parametrize("name", HEADS)
 def test_prompt_attention_over_a_block_table(name: str, plan: str) -> None:
     check_prompts(HEADS[name], CHUNKS, 16 if plan == "small" else 64, PROMPT_PLANS[plan])
+
+
+@pytest.mark.parametrize(("kv_dtype", "name"), [("int8", "window"), ("fp8", "three a key head")])
+@pytest.mark.usefixtures("rounded_fp8")
+def test_prompt_attention_over_blocks_of_codes(kv_dtype: str, name: str) -> None:
+    check_prompts(HEADS[name], CHUNKS, 16, PROMPT_PLANS["small"], kv_dtype=kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_prompt_attention_in_half_precision(kv_dtype: str | None) -> None:
+    if DEVICE == "cpu" and kv_dtype:
+        pytest.skip("the interpreter multiplies bf16 matrices as if they were integers")
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    check_prompts(HEADS["three a key head"], CHUNKS, 16, PROMPT_PLANS["small"], dtype, kv_dtype, 1e-2)
+
+
+def test_more_sequences_than_are_searched_at_a_time() -> None:
+    check_prompts(HEADS["one head a key head"], [(i % 3, 1 + i % 2) for i in range(70)], 16, PROMPT_PLANS["small"])
+
+
+MODELS = {
+    "llama": TINY,
+    "q/k norm, tied": dataclasses.replace(TINY, qk_norm=True, tied_head=True),
+    "window": dataclasses.replace(TINY, sliding_window=5, sliding_layers=(1,)),
+}
+
+
+@pytest.mark.parametrize(("name", "kv_dtype"), [*((name, None) for name in MODELS), ("llama", "int8")])
+def test_a_decoder_over_blocks_gives_the_models_logits(
+    monkeypatch: pytest.MonkeyPatch, name: str, kv_dtype: str | None
+) -> None:
+    model = tiny_model(MODELS[name], device=DEVICE)
+    config = model.config
+    monkeypatch.setattr(language, "on_gpu", lambda x: True)  # the kernels, by the interpreter if need be
+    decoder = Decoder(copy.deepcopy(model), max_seq_len=48, batch_size=4)
+    caches = [
+        PagedCache.allocate(
+            n_blocks=9, block_size=16, n_layers=config.n_layers, n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim, dtype=torch.float32, device=DEVICE, kv_dtype=kv_dtype,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    tables = torch.tensor([[5, 2, 7], [1, 8, 3], [4, 6, 0], [0, 0, 0]], dtype=torch.int32, device=DEVICE)
+    # (row, position of the first token, tokens) of each forward; those that decode come first, row 3 pads
+    forwards = [
+        (0, [(1, 0, 17), (0, 0, 3)]),
+        (1, [(0, 3, 1), (1, 17, 9), (2, 0, 1)]),
+        (4, [(2, 1, 1), (0, 4, 1), (3, 0, 1), (1, 26, 1)]),
+    ]
+    for n, work in forwards:
+        counts = torch.tensor([count for _, _, count in work])
+        batch = PagedBatch(
+            tables=tables,
+            rows=torch.tensor([row for row, _, _ in work], dtype=torch.int32, device=DEVICE),
+            decodes=n,
+            starts=torch.cat((torch.tensor([n]), n + counts[n:].cumsum(0))).int().to(DEVICE),
+            longest=max(counts[n:].tolist(), default=0),
+        )
+        tokens = torch.randint(config.vocab_size, (1, int(counts.sum())), device=DEVICE)
+        pos = torch.cat([torch.arange(at, at + count) for _, at, count in work])[None].to(DEVICE)
+        with torch.no_grad():
+            got = decoder.logits(decoder.hidden(tokens, pos, caches[0].view(batch)))
+            want = model(tokens, pos, caches[1].view(batch))
+        # Where rounding moves a number over the middle of two codes, the two have different ones.
+        same(got, want, 1e-4 if kv_dtype is None else 5e-3)
