@@ -179,13 +179,13 @@ def decode_attention_kernel(
         NORM=heads.q_norm is not None,
         ROPE=heads.use_rope,
         WINDOW=heads.window,
-        SPLITS=splits,
+        SPLITS=0 if page else splits,
         SHORTEST=plan.shortest,
         BS=plan.BS,
         BG=triton.next_power_of_2(G),
         BD=max(8 * plan.num_warps, 32, triton.next_power_of_2(D)),
         S=plan.num_warps,
-        LOOP=slots > splits * plan.BS or plan.shortest > plan.BS,
+        LOOP=bool(page) or slots > splits * plan.BS or plan.shortest > plan.BS,
         PAGE=page,
         PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
@@ -355,7 +355,7 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
 
     S is the number of warps, BS how many slots are taken at a time, in a LOOP where a split has more; BG and BD are G
     and D rounded up. A split has SHORTEST slots at least. In a paged cache blocks have PAGE slots, a multiple of BS,
-    and stride_b is that of the tables.
+    stride_b is that of the tables, and SPLITS is 0, so that batches of all sizes run the same code.
     """
     # Position and older keys and values were there before this step began: they need no wait. The embedding is what
     # keeps it so, being launched only after all of the step before.
@@ -371,7 +371,8 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         first = tl.maximum(pos - WINDOW + 1, 0)
         origin = first // BS * BS if PAGE else first
     length = pos - origin + 1  # the newest included
-    share = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS, SHORTEST)
+    splits = SPLITS if SPLITS > 0 else tl.num_programs(0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(length, splits), BS) * BS, SHORTEST)
     n_splits = tl.cdiv(length, share)
     if split < n_splits:
         dtype: tl.constexpr = qkv.dtype.element_ty
@@ -455,7 +456,7 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
             y = _in_order((acc * (1.0 / total)[:, None]).to(out.dtype.element_ty), ROWS_OUT, BD, S)
             tl.store(out + (b * K + head).to(tl.int64) * (G * D) + g[:, None] * D + d[None, :], y, mask=own)
         else:
-            group = (b * K + head) * SPLITS
+            group = (b * K + head) * splits
             at = sums + (group + split) * (G * D) + g[:, None] * D + d[None, :]
             tl.store(at, _in_order(acc, ROWS_OUT, BD, S), mask=own)
             at = stats + (group + split) * (G * 2) + g * 2
@@ -464,7 +465,7 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
             tl.debug_barrier()  # every thread's stores come before the count
             done = tl.atomic_add(counters + b * K + head, 1, sem="acq_rel")
             if done == n_splits - 1:
-                _combine(out, sums, stats, group, (b * K + head).to(tl.int64), n_splits, G, D, SPLITS, BG, BD)
+                _combine(out, sums, stats, group, (b * K + head).to(tl.int64), n_splits, G, D, BG, BD)
                 tl.store(counters + b * K + head, 0)
 
 
@@ -479,8 +480,8 @@ def _low(x):
 
 
 @jit
-def _combine(out, sums, stats, group, head, n_splits, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-             BG: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+def _combine(out, sums, stats, group, head, n_splits, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr,
+             BD: tl.constexpr):  # fmt: skip
     """The splits' sums [n_splits, G, D] of one head, weighted by their softmax's parts."""
     STEP: tl.constexpr = 8  # splits in flight at a time
     i = tl.arange(0, STEP)

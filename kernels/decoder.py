@@ -8,7 +8,8 @@ fewer launches. One token a row takes five a layer:
 
 Longer inputs run the same matrices by cuBLAS and the cache's own attention, with the elementwise work between them
 fused. Over a view of a paged cache tokens of many sequences come in one row: those with one token each take the same
-launch as above, and prompts a kernel of their own. Nothing is compiled but the kernels, which Triton keeps on disk, and nothing depends on a prompt's length.
+launch as above, and prompts a kernel of their own. Nothing is compiled but the kernels, which Triton keeps on disk, and
+nothing depends on a prompt's length.
 """
 
 from collections.abc import Callable, Sequence

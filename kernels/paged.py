@@ -7,6 +7,8 @@ already. Where the sequences begin in the batch stands on the device: programs a
 could need, and each finds its own.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,8 +40,7 @@ def prompt_attention_twin(
 ) -> Tensor:  # fmt: skip
     """`prompt_attention` in plain torch."""
     out = q.new_empty(len(q), q[0].numel()) if out is None else out
-    bounds = starts.tolist()
-    for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (begin, end) in enumerate(pairwise(starts.tolist())):
         one = Pages(pages.tables, pages.rows[i : i + 1])
         k, v = gather(k_cache, one), gather(v_cache, one)  # [1, S, K, D]
         if k_scale is not None:
@@ -213,9 +214,13 @@ def _prompt_kernel(q, input_pos, starts, k_cache, v_cache, k_scale, v_scale, tab
             low = tl.maximum(pos - WINDOW + 1, 0) // BN * BN
         else:
             low = (pos + 1) // BN * BN  # up to here every token sees all
-            top, total, acc = _attend_blocks(x, k_cache, v_cache, k_scale, v_scale, table, pos + own, 0, low, last,
-                                             scale, stride_s, top, total, acc, D, WINDOW, BN, BD, PAGE, False)  # fmt: skip
-        top, total, acc = _attend_blocks(x, k_cache, v_cache, k_scale, v_scale, table, pos + own, low, last + 1, last,
-                                         scale, stride_s, top, total, acc, D, WINDOW, BN, BD, PAGE, True)  # fmt: skip
+            top, total, acc = _attend_blocks(
+                x, k_cache, v_cache, k_scale, v_scale, table, pos + own, 0, low, last, scale, stride_s, top, total, acc,
+                D, WINDOW, BN, BD, PAGE, False,
+            )  # fmt: skip
+        top, total, acc = _attend_blocks(
+            x, k_cache, v_cache, k_scale, v_scale, table, pos + own, low, last + 1, last, scale, stride_s, top, total,
+            acc, D, WINDOW, BN, BD, PAGE, True,
+        )  # fmt: skip
         y = (acc * (1.0 / total)[:, None]).to(out.dtype.element_ty)
         tl.store(out + at[:, None] + d[None, :], y, mask=(r < count * G)[:, None] & (d < D)[None, :])

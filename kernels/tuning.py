@@ -130,7 +130,7 @@ def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor, page: 
         plan = AttentionPlan(*known)
     else:
         plan = attention_rule(kind, head_dim * x.element_size())
-    if page and plan.BS > page:
+    if plan.BS > page > 0:
         plan = plan._replace(BS=page, num_warps=max(plan.num_warps * page // plan.BS, 1))
     return plan
 
