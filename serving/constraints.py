@@ -29,8 +29,9 @@ class GrammarConstraint:
 
     def mask(self) -> numpy.ndarray:
         """Bits of the tokens that may follow: int32 [words]."""
-        mask = numpy.zeros(self.words, dtype=numpy.int32)
-        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        mask = numpy.zeros(self.words, dtype=numpy.int32)  # the model's vocabulary may be longer than the tokenizer's
+        known = numpy.frombuffer(self.matcher.compute_bitmask(), dtype=numpy.int32)[: self.words]
+        mask[: len(known)] = known
         if not mask.any():  # a grammar that grew too complex: nothing is left but to end
             for token in self.eos_ids:
                 mask.view(numpy.uint32)[token // 32] |= numpy.uint32(1 << token % 32)
@@ -49,7 +50,7 @@ class Grammars:
             raise ValueError("the checkpoint names no end-of-text token, which answers held to a grammar end with")
         self.words, self.eos_ids = -(-vocab_size // 32), tuple(eos_ids)
         wrapper = TokenizerWrapper(_Vocabulary(tokenizer, eos_ids[0]))
-        self.tokenizer = LLTokenizer(wrapper, n_vocab=vocab_size, eos_token=list(eos_ids))
+        self.tokenizer = LLTokenizer(wrapper, eos_token=list(eos_ids))
         self.matcher = functools.lru_cache(KEPT)(self._matcher)
 
     def constraint(self, kind: str, spec: Any) -> Callable[[], GrammarConstraint]:
