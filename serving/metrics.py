@@ -7,17 +7,40 @@ when somebody scrapes. What the engine counts itself is read from its `stats()` 
 import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serving.engine import EngineStats
+if TYPE_CHECKING:
+    from serving.engine import EngineStats
 
 TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
-REQUEST = (0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+REQUEST = (
+    0.03,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+)
 LENGTH = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 
 HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
@@ -41,9 +64,9 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
     def buckets(self) -> list[tuple[str, int]]:
         total, result = 0, []
@@ -54,7 +77,7 @@ class Histogram:
 
 
 class Metrics(Collector):
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, model_name: str, stats: "Callable[[], EngineStats]") -> None:
         self.model_name, self.stats = model_name, stats
         self.histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
         self.first_token = self.histograms["time_to_first_token_seconds"].observe
@@ -64,7 +87,9 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def ended(self, *, arrived: float, queued_s: float, first: float | None, end: float, prompts: int, made: int) -> None:
+    def ended(
+        self, *, arrived: float, queued_s: float, first: float | None, end: float, prompts: int, made: int
+    ) -> None:
         """A request that ran to its end, in times of one clock."""
         values = {
             "e2e_request_latency_seconds": end - arrived,

@@ -45,7 +45,12 @@ NEUTRAL: dict[str, tuple] = {
 NEUTRAL_OF_MESSAGES: dict[str, tuple] = {
     name: (None, []) for name in ("annotations", "audio", "function_call", "refusal", "tool_calls")
 }
-ERROR_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error", 429: "rate_limit_error"}
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "invalid_request_error",
+    429: "rate_limit_error",
+}
 
 
 class ApiError(Exception):
@@ -107,7 +112,9 @@ class Strict(BaseModel):
 def without_neutral(data: Any, neutral: dict[str, tuple]) -> Any:
     if not isinstance(data, dict):
         return data
-    return {k: v for k, v in data.items() if not any(v is n or (type(v) is type(n) and v == n) for n in neutral.get(k, ()))}
+    return {
+        k: v for k, v in data.items() if not any(v is n or (type(v) is type(n) and v == n) for n in neutral.get(k, ()))
+    }
 
 
 class StreamOptions(Strict):

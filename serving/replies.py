@@ -55,6 +55,7 @@ class Reply:
         id: str,
         model: str,
         tokenizer: Tokenizer,
+        arrived: float,
         prompts: Sequence[Sequence[int]],
         echo: Sequence[str] | None = None,  # the prompts' text, to begin the answers with
         n: int = 1,
@@ -64,7 +65,13 @@ class Reply:
         logprobs: bool = False,
     ) -> None:
         self.kind, self.id, self.model, self.tokenizer = kind, id, model, tokenizer
-        self.n, self.stream, self.include_usage, self.with_logprobs, self.echo = n, stream, include_usage, logprobs, echo
+        self.n, self.stream, self.include_usage, self.with_logprobs, self.echo = (
+            n,
+            stream,
+            include_usage,
+            logprobs,
+            echo,
+        )
         self.prompt_tokens = sum(map(len, prompts))
         self.cached_tokens = [0] * len(prompts)
         self.choices = [
@@ -74,11 +81,12 @@ class Reply:
         ]
         self.unfinished = len(self.choices)
         self.created = int(time.time())
-        self.arrived = time.monotonic()
+        self.arrived = arrived
         self.first: float | None = None  # when the first token came
         self.queued_s = 0.0
         self.error: ApiError | None = None
-        self.disconnected = False
+        self.disconnected = self.was_cut = False
+        self.reader: asyncio.Task | None = None  # who sends the events
         self._events: list[str] = []
         self._unread = 0
         self._waiter: asyncio.Future | None = None
@@ -153,6 +161,13 @@ class Reply:
     def behind(self) -> bool:
         """Whether the reader has left too much unread."""
         return self._unread > MAX_UNREAD
+
+    def cut(self) -> None:
+        """Drop a reader who does not read."""
+        if not self.was_cut and self.reader is not None:
+            self.was_cut = True
+            self.fail(ApiError(499, "the client does not read its answer"))
+            self.reader.cancel()
 
     def fail(self, error: ApiError) -> None:
         """End the answer with an error, unless it has ended already."""
