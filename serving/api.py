@@ -167,7 +167,7 @@ class Service:
         ]
         echo = None
         if not chat and body.echo:
-            echo = [p if isinstance(p, str) else self.tokenizer.decode(p, skip_special=False) for p in body.prompts]
+            echo = [self._shown(prompt) for prompt in body.prompts]
         reply = Reply(
             kind="chat" if chat else "text",
             id=id,
@@ -203,6 +203,11 @@ class Service:
             return self.tokenizer.encode(prompt)
         self.check_tokens(prompt, "prompt")
         return prompt
+
+    def _shown(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
+        return self.tokenizer.decode(prompt, skip_special=False)
 
     def check_tokens(self, tokens: Iterable[int], param: str) -> None:
         for token in tokens:

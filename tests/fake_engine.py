@@ -120,7 +120,8 @@ class Live:
         self.wait(lambda: self.server.started)
 
     def stop(self) -> None:
-        self.server.handle_exit(15, None)
+        if not self.server.should_exit:
+            self.server.handle_exit(15, None)
         self.thread.join(20)
         assert not self.thread.is_alive()
 
