@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Constraint(Protocol):
-    """A grammar's state for one sample."""
+    """A grammar's state for one sample. It may raise anything: its own sample ends then."""
 
     def mask(self) -> np.ndarray:
         """Which tokens may come next: int32 [ceil(V / 32)], a set bit allows; unchanged until the next `accept`."""
@@ -75,7 +75,8 @@ class Sequence:
     order: int  # of arrival, over all sequences
     end: int  # the length at which it is finished
     params: "SamplingParams" = field(init=False)  # the request's, with this sample's seed
-    constraint: Constraint | None = field(init=False)
+    constraint: Constraint | None = None
+    mask: np.ndarray | None = None  # of the constraint, for the next token that is not drawn yet
     tokens: list[int] = field(init=False)  # prompt and generated, known to the host
     computed: int = 0  # tokens whose keys and values are written by the steps launched so far
     pending: int = 0  # tokens that launched steps draw and the host does not know yet
@@ -93,14 +94,17 @@ class Sequence:
     stamp: int = 0  # of its latest entry in the waiting queue; 0: not waiting
     level: int = 0  # of the multi-level feedback queue
     served: float = 0.0  # of its level's quantum
+    started: bool = False
     cached_tokens: int = 0
-    started: float | None = None  # time of its first step
+    queued_s: float = 0.0
 
     def __post_init__(self) -> None:
         request = self.request
         self.params = dataclasses.replace(request.params, seed=request.params.seed + self.index)
-        self.constraint = request.constraint() if request.constraint is not None else None
         self.tokens = list(request.prompt)
+        if request.constraint is not None:
+            self.constraint = request.constraint()
+            self.mask = self.constraint.mask()
 
     @property
     def length(self) -> int:
