@@ -143,7 +143,8 @@ def offline(options: Options, engine_options: EngineOptions) -> dict:
 
 def show_offline(result: dict) -> Iterator[str]:
     yield f"{result['checkpoint']} on {result['device']}, {result['requests']} requests"
-    yield f"output         {result['output_tok_s']:9.0f} tok/s ({result['output_tokens']} tokens in {result['wall_s']:.2f} s)"
+    made = f"{result['output_tokens']} tokens in {result['wall_s']:.2f} s"
+    yield f"output         {result['output_tok_s']:9.0f} tok/s ({made})"
     yield f"with prompts   {result['total_tok_s']:9.0f} tok/s ({result['prompt_tokens']} prompt tokens)"
     yield f"first token    {result['mean_ttft_s'] * 1e3:9.0f} ms on average, all requests arriving at once"
     yield f"preemptions    {result['preemptions']:9}"

@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import cli
 import serving.request
 from serving import protocol
-from serving.engine import Engine, Overloaded
+from serving.engine import Engine, Overloaded, Stopping
 from serving.metrics import Metrics
 from serving.protocol import ApiError, ChatRequest, CompletionRequest
 from serving.replies import Reply
@@ -62,17 +62,14 @@ class ServerOptions:
     max_answers: int = cli.option(128, "answers that one request may ask for: n for each of its prompts")
     max_prompt_tokens: int | None = cli.option(None, "tokens in a prompt (default: what the context holds)")
     max_body_mb: float = cli.option(4.0, "size of a request's body")
-    queue_timeout_s: float = cli.option(300.0, "give up a request that has no token after so long; 0 waits for ever")
-    request_timeout_s: float = cli.option(3600.0, "end a request that is not done after so long; 0 waits for ever")
     drain_s: float = cli.option(60.0, "how long running requests may go on after SIGTERM")
 
     def __post_init__(self) -> None:
         for name in ("max_requests", "max_answers", "max_prompt_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
-        for name in ("queue_timeout_s", "request_timeout_s", "drain_s"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0; got {getattr(self, name)}")
+        if not 0.0 <= self.drain_s < math.inf:
+            raise ValueError(f"--drain-s must be at least 0; got {self.drain_s}")
         if not 0.0 < self.max_body_mb <= 1024.0:
             raise ValueError(f"--max-body-mb must be above 0 and at most 1024; got {self.max_body_mb}")
         if not 0 <= self.port <= 65535:
@@ -246,6 +243,8 @@ class Service:
         try:
             for request in requests:
                 self.engine.add(request)
+        except Stopping as error:
+            raise ApiError(503, str(error)) from None
         except Overloaded as error:
             raise self.overloaded(str(error), error.retry_after) from None
         except ValueError as error:
@@ -312,14 +311,9 @@ class Answering(Response):
         visit.reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        loop, options, reply = asyncio.get_running_loop(), self.service.options, self.reply
+        reply = self.reply
         reply.reader = asyncio.current_task()
         watcher = asyncio.create_task(self._watch(receive))
-        timers = [
-            loop.call_later(after, late)
-            for after, late in ((options.queue_timeout_s, self._not_begun), (options.request_timeout_s, self._not_done))
-            if after
-        ]
         try:
             self.service.submit(reply, self.requests)
             await (self._stream(send) if reply.stream else self._whole(send))
@@ -330,8 +324,6 @@ class Answering(Response):
                 transport.abort()  # closing would wait until the reader has read
         finally:
             watcher.cancel()
-            for timer in timers:
-                timer.cancel()
             self.service.release(reply, self.requests)
             self._count()
 
@@ -340,15 +332,6 @@ class Answering(Response):
             pass
         self.reply.disconnected = True
         self.reply.wake()
-
-    def _not_begun(self) -> None:
-        if self.reply.first is None:
-            seconds = self.service.options.queue_timeout_s
-            self.reply.fail(ApiError(503, f"no token after {seconds:g} s: the server is busy", code="queue_timeout"))
-
-    def _not_done(self) -> None:
-        seconds = self.service.options.request_timeout_s
-        self.reply.fail(ApiError(504, f"the answer took longer than {seconds:g} s", code="request_timeout"))
 
     async def _whole(self, send: Send) -> None:
         reply = self.reply
@@ -379,13 +362,14 @@ class Answering(Response):
         if reply.unfinished:
             reason = "error" if reply.error is not None else "abort"
             metrics.finished[reason] += reply.unfinished
-        if reply.tokens:
+        if reply.first is not None:
             metrics.ended(
                 arrived=reply.arrived,
                 queued_s=reply.queued_s,
                 first=reply.first,
-                end=time.monotonic(),
+                end=max(choice.newest or 0.0 for choice in reply.choices),
                 prompts=reply.prompt_tokens,
+                longest=max(choice.tokens for choice in reply.choices),
                 made=reply.tokens,
             )
 
@@ -521,7 +505,7 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
-ERRORS = {status: {"model": protocol.ErrorBody} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)}
+ERRORS = {status: {"model": protocol.ErrorBody} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503)}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -624,6 +608,8 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def health() -> dict[str, str]:
         if service.draining:
             raise ApiError(503, "the server is shutting down")
+        if not service.engine.stats().alive:
+            raise ApiError(503, "the engine has stopped; the server's log says why")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

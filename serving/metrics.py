@@ -88,19 +88,20 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def ended(
-        self, *, arrived: float, queued_s: float, first: float | None, end: float, prompts: int, made: int
+        self, *, arrived: float, queued_s: float, first: float, end: float, prompts: int, longest: int, made: int
     ) -> None:
-        """A request that ran to its end, in times of one clock."""
+        """A request that is over, in times of one clock; `made` tokens, of which the longest answer has `longest`."""
         values = {
             "e2e_request_latency_seconds": end - arrived,
             "request_queue_time_seconds": queued_s,
+            "request_prefill_time_seconds": max(first - arrived - queued_s, 0.0),
+            "request_decode_time_seconds": end - first,
             "request_inference_time_seconds": end - arrived - queued_s,
             "request_prompt_tokens": prompts,
             "request_generation_tokens": made,
         }
-        if first is not None:
-            values["request_prefill_time_seconds"] = max(first - arrived - queued_s, 0.0)
-            values["request_decode_time_seconds"] = end - first
+        if longest > 1:
+            values["request_time_per_output_token_seconds"] = (end - first) / (longest - 1)
         for name, value in values.items():
             self.histograms[name].observe(value)
 

@@ -103,9 +103,10 @@ class Reply:
         choice = self.choices[prompt * self.n + output.index]
         if choice.finish_reason is not None or self.error is not None:
             return None
-        if output.finish_reason in ("error", "abort"):
-            self.fail(ApiError(500, output.error or "the engine ended this request"))
-            return choice
+        if output.finish_reason in ("error", "abort"):  # the model failed, or the engine's time limits
+            status = 500 if output.finish_reason == "error" else 503
+            self.fail(ApiError(status, output.error or "the server is stopping"))
+            return None
         if self.first is None and output.token_ids:
             self.first = now
         self.cached_tokens[prompt] = max(self.cached_tokens[prompt], output.cached_tokens)
@@ -149,9 +150,8 @@ class Reply:
             if begins and self.echo is not None:
                 text = self.echo[choice.prompt] + text
             content = f'"text": {json_string(text)}'
-        self._put(
-            f'{self._choice_head}{choice.index}, {content}, "logprobs": {logprobs}, "finish_reason": {finish}}}]{self._tail}'
-        )
+        rest = f'"logprobs": {logprobs}, "finish_reason": {finish}}}]{self._tail}'
+        self._put(f"{self._choice_head}{choice.index}, {content}, {rest}")
 
     def _put(self, event: str) -> None:
         self._events.append(event)

@@ -25,6 +25,7 @@ class FakeEngine:
         self.turn_s = 0.0
         self.held = threading.Event()  # set: turns make nothing
         self.broken: str | None = None  # fails whatever runs, with this message
+        self.broken_reason = "error"
         self.max_requests = 10**6
         self.requests: list[Request] = []
         self.aborted: list[tuple[str, int | None]] = []
@@ -83,7 +84,7 @@ class FakeEngine:
     def _turn(self, key: tuple[str, int], request: Request, tokens: Iterator[int], constraint, made: int) -> Output:
         output = Output(*key, token_ids=[], cached_tokens=1, queued_s=0.001)
         if self.broken:
-            output.finish_reason, output.error = "error", self.broken
+            output.finish_reason, output.error = self.broken_reason, self.broken
         elif constraint is not None:
             token = next(i for i in range(10**6) if constraint.mask()[i // 32] >> np.int32(i % 32) & 1)
             output.token_ids = [] if token in request.stop_ids else [token]

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from serving.engine import EngineStats
 from serving.request import Request
 from tests.fake_engine import Live, serve
 from tokenizer import Tokenizer, load_tokenizer
@@ -39,7 +40,7 @@ def shared(tokenizer: Tokenizer) -> Iterator[Live]:
 def live(shared: Live) -> Iterator[Live]:
     """The shared server, with nothing left of the test before."""
     engine = shared.engine
-    engine.turn_s, engine.broken, engine.max_requests = 0.0, None, 10**6
+    engine.turn_s, engine.broken, engine.broken_reason, engine.max_requests = 0.0, None, "error", 10**6
     engine.requests.clear()
     engine.aborted.clear()
     engine.held.clear()
@@ -556,20 +557,15 @@ def test_requests_past_the_limit_are_told_to_come_again(tokenizer: Tokenizer) ->
         assert post(live, {"prompt": "a"}).status_code == 200
 
 
-def test_time_limits(tokenizer: Tokenizer) -> None:
-    options = {"queue_timeout_s": 0.05, "request_timeout_s": 0.3}
-    with serve(tokenizer, lambda request, index: [1] * 4000, **options) as live:
-        live.engine.held.set()
-        late = post(live, {"prompt": "a"})
-        assert late.status_code == 503 and late.json()["error"]["code"] == "queue_timeout"
-        assert not live.engine.live
-        live.engine.held.clear()
-        live.engine.turn_s = 0.02
-        late = post(live, {"prompt": "a", "max_tokens": 4000})
-        assert late.status_code == 504 and late.json()["error"]["code"] == "request_timeout"
-        late = post(live, {"prompt": "a", "max_tokens": 4000, "stream": True})
-        assert late.status_code == 200 and '"code": "request_timeout"' in late.text
-        assert not live.engine.live
+def test_an_engine_that_gives_a_request_up_is_busy_not_broken(live: Live) -> None:
+    live.engine.broken, live.engine.broken_reason = "waited for a place for more than 3 s", "abort"
+    late = post(live, {"prompt": "a"})
+    assert late.status_code == 503 and "waited for a place" in message_of(late)
+
+
+def test_health_tells_of_an_engine_that_has_stopped(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.engine, "stats", lambda: EngineStats(alive=False))
+    assert httpx.get(live.url + "/health").status_code == 503
 
 
 def test_draining_finishes_what_runs_and_takes_nothing_new(tokenizer: Tokenizer) -> None:
@@ -623,6 +619,6 @@ def test_options_that_cannot_be_are_refused(tokenizer: Tokenizer, options: dict,
 
 
 def test_a_port_in_use_is_named(live: Live, tokenizer: Tokenizer) -> None:
-    with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{live.port}.*--port"):
-        with serve(tokenizer, lambda request, index: [], port=live.port):
-            pass
+    message = f"cannot listen at 127.0.0.1:{live.port}.*--port"
+    with pytest.raises(OSError, match=message), serve(tokenizer, lambda request, index: [], port=live.port):
+        pass
