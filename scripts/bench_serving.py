@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import checkpoint
 import cli
 import hardware
-from cache import KV_DTYPES
-from generate import check_kv_dtype
+from cache import KV_DTYPES, check_kv_dtype
 from quant.linears import RECIPES
 from sampling import SamplingParams
 from serving.engine import Engine, EngineOptions
