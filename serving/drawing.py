@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import hardware
-from sampling import History, SamplingBatch, sample
+from kernels.draw import draw
+from sampling import History, SamplingBatch, SamplingParams, sample
 from serving import request
 from serving.scheduler import Work
 
@@ -25,6 +26,7 @@ class Rows:
     slots: list[int]
     index: Tensor  # int64 [n], the slots on the device
     sampling: SamplingBatch | None = None  # None: every row takes its largest logit, as it is
+    plain: bool = False  # rows have a temperature, and neither filters nor penalties
     bias: list[Tensor] | None = None  # rows, tokens, and what those logits gain, [any] each
     reports: Sequence[tuple[int, int]] = ()  # (row, number of alternatives) where logprobs are asked for
     report_index: Tensor | None = None  # their rows, int64
@@ -81,6 +83,7 @@ class Drawing:
             slots=slots,
             index=index,
             sampling=sampling,
+            plain=all(p == SamplingParams(temperature=p.temperature, seed=p.seed) for p in params),
             bias=[row, token, gain] if bias else None,
             reports=reports,
             report_index=reported,
@@ -100,7 +103,10 @@ class Drawing:
         self._forbid(works, logits)
         if rows.sampling.penalizes:
             rows.sampling.history = self.history.take(rows.index)
-        tokens = sample(logits, rows.sampling, position)
+        if rows.plain:
+            tokens = draw(logits, rows.sampling.temperature[:, 0], rows.sampling.seed[:, 0], position)
+        else:
+            tokens = sample(logits, rows.sampling, position)
         if rows.sampling.penalizes:
             self.history.count(rows.index, tokens)
         if logprobs is None:
