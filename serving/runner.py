@@ -97,7 +97,9 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # of this thread
         self._move_blocks(step)
-        self._update_tables(step)
+        if step.table:
+            slot, index, block = hardware.send(self.device, *np.array(step.table).T)
+            self.tables[slot, index] = block.int()
         self.drawing.join(step.joined)
         works = [work for work in itertools.chain(step.decodes, step.prefills) if work.samples]
         rows = self.drawing.rows_of(works)
@@ -125,17 +127,6 @@ class Runner:
                 x[:, index] = torch.stack([kept[there].to(self.device, non_blocking=True) for there in host], dim=1)
         if step.copies:
             self.cache.copy(*hardware.send(self.device, *np.array(step.copies).T))
-
-    def _update_tables(self, step: Step) -> None:
-        joined = [(s.slot, s.tokens[-1], len(s.tokens) - 1) for s in step.joined]
-        if not step.table and not joined:
-            return
-        (changes,) = hardware.send(self.device, np.array([*step.table, *joined], dtype=np.int64).T)  # [3, any]
-        entries, states = changes.split((len(step.table), len(joined)), dim=1)
-        slot, index, block = entries
-        self.tables[slot, index] = block.int()
-        slot, newest, position = states
-        self.newest[slot], self.position[slot] = newest, position
 
     def _mixed(self, step: Step, rows: Rows) -> Tensor:
         """One forward over decodes and prefills: logits [n, V] of those that sample."""

@@ -238,12 +238,14 @@ def test_penalties_outlive_preemption(field: str) -> None:
         assert served.tokens[request.id, 0] == alone(model, request)
 
 
-def test_the_penalties_of_who_left_do_not_stay_in_the_slot() -> None:
+def test_nothing_of_who_left_stays_in_the_slot() -> None:
     model = tiny_model()
-    runner = new_runner(model, max_running=1)
-    for i in range(3):
-        request = ask("x", prompt_of(6, i), max_new_tokens=9, presence_penalty=1.5, repetition_penalty=1.5)
-        assert serve(runner, request).tokens["x", 0] == alone(model, request)
+    penalized, drawn = {"presence_penalty": 1.5, "repetition_penalty": 1.5}, {"temperature": 1.3, "seed": 5}
+    kinds = [penalized, penalized, drawn, {}, drawn, penalized | drawn]
+    requests = [ask(str(i), prompt_of(6, i), max_new_tokens=9, **kind) for i, kind in enumerate(kinds)]
+    served = serve(new_runner(model, max_running=1), *requests)
+    for request in requests:
+        assert served.tokens[request.id, 0] == alone(model, request)
 
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
