@@ -43,6 +43,16 @@ class PromptPlan(NamedTuple):
     depth: int  # blocks under way
 
 
+class WidePlan(NamedTuple):
+    """How a product of a packed matrix and many rows is cut."""
+
+    BM: int  # rows of activations in a tile
+    BN: int  # outputs in a tile
+    num_warps: int
+    depth: int  # blocks under way
+    splits: int  # parts that the inputs are cut into
+
+
 TABLE = Path(__file__).with_name("tuned.json")
 
 
@@ -175,3 +185,10 @@ def prompt_plan(head_dim: int, page: int, x: Tensor) -> PromptPlan:
     if x.element_size() == 4:
         return PromptPlan(32, min(32, page), 4, 2)
     return PromptPlan(128, min(64, page), 8, 2)
+
+
+def wide_plan(format: str, M: int, N: int, K: int) -> WidePlan:
+    """For a packed matrix and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
+    BM = 128 if M <= 128 else 256
+    tiles = triton.cdiv(N, 128) * triton.cdiv(M, BM)
+    return WidePlan(BM, 128, 8, 3 if format == "int4" else 4, max(1, min(132 // tiles, K // 512)))
