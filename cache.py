@@ -246,7 +246,7 @@ class PagedLayer:
         ys = []
         for tokens, blocks, length, mask in parts:
             rows = [x[blocks].flatten(1, 2)[:, :length] for x in self.pool.tensors]  # [B, S, ...]
-            y = layer_of(rows, self.pool.dtype).attend(q[0, tokens].view(len(blocks), -1, H, D), mask)
+            y = layer_of(rows, self.pool.dtype).attend(q[0, tokens].view(blocks.shape[0], -1, H, D), mask)
             ys.append(y.reshape(1, -1, H, D))
         return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)
 
@@ -273,7 +273,11 @@ class PagedView:
         def part(rows: Tensor, tokens: slice) -> tuple[Part, Part]:
             at = pos[tokens].view(len(rows), -1)  # [B, T]
             length = int(at.max()) + 1
-            blocks = batch.tables[rows, : -(-length // block_size)].long()
+            n = -(-length // block_size)
+            if at.shape[1] == 1:  # whole blocks, and two at least: what a CPU compiles
+                n = max(n, 2)
+                length = n * block_size
+            blocks = batch.tables[rows, :n].long()
             if at.shape[1] == length and (window is None or window >= length):  # plainly causal
                 return (Part(tokens, blocks, length, None),) * 2
             return tuple(Part(tokens, blocks, length, mask) for mask in masks_of(at, length, window))
