@@ -155,7 +155,7 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
     if kind == "paged":
         return AttentionPlan(BS, 256, 1056, 2 if row <= 128 else 4)
     if kind == "paged wide":
-        return AttentionPlan(BS, 512, 4096, 2 if row <= 128 else 4)
+        return AttentionPlan(BS, 512, 2048, 2 if row <= 128 else 4)
     return AttentionPlan(BS, 256 if kind == "wide" else BS, 264, 4)
 
 
@@ -184,7 +184,7 @@ def prompt_plan(head_dim: int, page: int, x: Tensor) -> PromptPlan:
     """For prompts over a paged cache with blocks of `page` slots."""
     if x.element_size() == 4:
         return PromptPlan(32, min(32, page), 4, 2)
-    return PromptPlan(128, min(64, page), 8, 2)
+    return PromptPlan(64, min(64, page), 4, 3)
 
 
 def wide_plan(format: str, M: int, N: int, K: int) -> WidePlan:

@@ -51,12 +51,16 @@ class Options:
             raise ValueError(f"--min-len {self.min_len} is more than --max-len {self.max_len}")
 
 
-def workload(options: Options, vocab_size: int, *, seed: int, name: str = "") -> list[Request]:
-    """The requests; drawn in the order in which nano-vllm's bench.py draws its own, so that seed 0 gives the same."""
-    draw = random.Random(seed)
+def workload(options: Options, vocab_size: int, *, run: int, name: str = "") -> list[Request]:
+    """The requests of a run: the same lengths in each, other prompts, so that no run finds what one before left.
+
+    They are drawn in the order in which nano-vllm's bench.py draws its own, so that seed 0 gives the same.
+    """
+    draw = random.Random(options.seed)
     last = min(10000, vocab_size - 1)
     lengths = options.min_len, options.max_len
     prompts = [[draw.randint(0, last) for _ in range(draw.randint(*lengths))] for _ in range(options.requests)]
+    prompts = [[(token + run) % (last + 1) for token in prompt] for prompt in prompts]
     return [
         Request(
             id=f"{name}{index}",
@@ -114,10 +118,10 @@ def offline(options: Options, engine_options: EngineOptions) -> dict:
     engine = Engine(runner, options=engine_options)
     compile_s = time.perf_counter() - start
     # Whatever is compiled, captured or loaded on first use is so before the clock starts.
-    for _ in engine.run(workload(options, runner.vocab_size, seed=options.seed + 10**6, name="warm-up")):
+    for _ in engine.run(workload(options, runner.vocab_size, run=options.repeats, name="warm-up")):
         pass
     runs = [
-        run_offline(engine, workload(options, runner.vocab_size, seed=options.seed + repeat, name=f"{repeat}-"))
+        run_offline(engine, workload(options, runner.vocab_size, run=repeat, name=f"{repeat}-"))
         for repeat in range(options.repeats)
     ]
     middle = sorted(runs, key=lambda run: run["output_tok_s"])[len(runs) // 2]
