@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cache import PagedLayer, PagedView, StaticCache, StaticLayer
 from kernels import attention, elementwise, linear, paged, tuning
 from kernels.attention import Heads, Pages
-from kernels.weight import Weight
+from kernels.weight import Weight, most_rows
 from model import Block, Transformer
 
 
@@ -103,11 +103,11 @@ class Decoder:
         return attend
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits [..., V], fp32, from the last layer's output [..., C]."""
-        norm = self.model.norm
-        y = linear.linear(
-            x.reshape(-1, x.shape[-1]).contiguous(), self.head, norm=norm.weight, eps=norm.eps, out_dtype=torch.float32
-        )
+        """Logits [..., V] from the last layer's output [..., C]; fp32 for few rows, where that costs nothing."""
+        norm, rows = self.model.norm, x.reshape(-1, x.shape[-1]).contiguous()
+        few = len(rows) <= most_rows(self.head.format)
+        dtype = torch.float32 if few else None
+        y = linear.linear(rows, self.head, norm=norm.weight, eps=norm.eps, out_dtype=dtype)
         return y.view(*x.shape[:-1], -1)
 
     def greedy(self, x: Tensor, tokens: Tensor, input_pos: Tensor, last_pos: int) -> None:

@@ -16,7 +16,7 @@ PIECE = 4096  # logits that a program looks at
 
 
 def draw(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """Tokens int64 [B] from logits [B, V], fp32; temperature fp32, seed int64 and position int64 are [B].
+    """Tokens int64 [B] from logits [B, V]; temperature fp32, seed int64 and position int64 are [B].
 
     A row at temperature 0 takes its largest logit.
     """
@@ -25,7 +25,7 @@ def draw(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) ->
 
 def draw_twin(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """`draw` in plain torch."""
-    temperature = temperature[:, None]
+    logits, temperature = logits.float(), temperature[:, None]
     noise = uniform(seed[:, None], position[:, None], logits.shape[-1])
     warm = logits / torch.where(temperature == 0.0, 1.0, temperature) - torch.log(-torch.log(noise))
     return argmax_in_chunks(torch.where(temperature == 0.0, logits, warm))
@@ -54,7 +54,7 @@ def _hash(x):
 def _draw_kernel(logits, temperature, seed, position, best, V, stride, PIECE: tl.constexpr):
     piece, row = tl.program_id(0), tl.program_id(1)
     index = piece * PIECE + tl.arange(0, PIECE)
-    x = tl.load(logits + row.to(tl.int64) * stride + index, mask=index < V, other=float("-inf"))
+    x = tl.load(logits + row.to(tl.int64) * stride + index, mask=index < V, other=float("-inf")).to(tl.float32)
     t = tl.load(temperature + row)
     if t > 0.0:
         s = tl.load(seed + row)
@@ -62,6 +62,7 @@ def _draw_kernel(logits, temperature, seed, position, best, V, stride, PIECE: tl
         own = _hash(_hash(_hash(s.to(tl.uint32)) ^ (s >> 32).to(tl.uint32)) ^ at)
         bits = _hash(_hash(own ^ index.to(tl.uint32)) + own) >> 9
         u = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-        x = x / t - tl.log(-tl.log(u))
-    key = tl.max(tl.where(index < V, order(x, index), -(1 << 63)), 0)
-    tl.store(best + row * tl.num_programs(0) + piece, key)
+        x = tl.where(index < V, x / t - tl.log(-tl.log(u)), float("-inf"))
+    top = tl.max(x, 0)
+    first = tl.min(tl.where(x == top, index, V - 1), 0)  # a number of 64 bits for each logit would take longer
+    tl.store(best + row * tl.num_programs(0) + piece, order(top, first))

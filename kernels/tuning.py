@@ -190,5 +190,9 @@ def prompt_plan(head_dim: int, page: int, x: Tensor) -> PromptPlan:
 def wide_plan(format: str, M: int, N: int, K: int) -> WidePlan:
     """For a packed matrix and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
     BM = 128 if M <= 128 else 256
-    tiles = triton.cdiv(N, 128) * triton.cdiv(M, BM)
-    return WidePlan(BM, 128, 8, 3 if format == "int4" else 4, max(1, min(132 // tiles, K // 512)))
+    if format == "int4" or M <= 128:
+        BN, num_warps, depth, programs = 128, 8, 3 if format == "int4" else 4, 132
+    else:
+        BN, num_warps, depth, programs = 64, 4, 3, 264  # two of them beside each other
+    tiles = triton.cdiv(N, BN) * triton.cdiv(M, BM)
+    return WidePlan(BM, BN, num_warps, depth, max(1, min(programs // tiles, K // 512)))

@@ -88,7 +88,7 @@ class Runner:
         self.decoding = torch.full((max_running,), self.null_row, dtype=torch.int32, device=self.device)
         self.decoded: Rows | None = None
         self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
-        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]] = {}
+        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class Runner:
         else:
             tokens, logits = self._decode(rows)
         reports: list[Tensor] = []
-        if tokens is None or rows.sampling is not None:
+        if tokens is None:
             tokens, reports = self.drawing.draw(rows, works, logits, self.position[rows.index])
             self.newest[rows.index] = tokens
         return Ticket(rows, tokens, reports)
@@ -153,49 +153,49 @@ class Runner:
         return self._logits(x[:, last])
 
     def _decode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """A step of running sequences: the tokens [n] of their largest logits; logits [n, V] if they were written."""
+        """A step of running sequences: the tokens [n] of their largest logits if all are greedy, else logits [n, V]."""
         n = len(rows.slots)
         size = n if not self.graphs else next(size for size in buckets(self.max_running) if size >= n)
         if rows is not self.decoded:
             self.decoding[:n], self.decoding[n:] = rows.index, self.null_row
             self.decoded = rows
-        fused = rows.sampling is None and self._fuses(size)
-        if (size, fused) in self.graphs:
-            graph, *results = self.graphs[size, fused]
+        greedy = rows.sampling is None
+        if (size, greedy) in self.graphs:
+            graph, *results = self.graphs[size, greedy]
             graph.replay()
         else:
-            results = self._step(size, fused)
-        tokens, logits = results
-        return tokens[:n], None if logits is None else logits[:n]
+            results = self._step(size, greedy)
+        tokens, logits = (None if x is None else x[:n] for x in results)
+        return tokens, logits
 
-    def _fuses(self, size: int) -> bool:
-        return self.kernels and size <= FUSED_ROWS
+    def _step(self, size: int, greedy: bool) -> tuple[Tensor | None, Tensor | None]:
+        """A step of the first `size` slots in `decoding`: tokens [size] if all are greedy, else logits [size, V].
 
-    def _step(self, size: int, fused: bool) -> tuple[Tensor, Tensor | None]:
-        """A step of the first `size` slots in `decoding`. It reads and writes tables alone, so a graph can hold it."""
+        It reads and writes tables alone, so a graph can hold it. Who is not greedy is given its newest token later.
+        """
         slots = self.decoding[:size]
         index = slots.long()
         tokens, at = self.newest[index], self.position[index]
         x = self._hidden(tokens, at, slots, size, slots.new_full((1,), size), 0)
         logits = None
-        if fused:
+        if greedy and self.kernels and size <= FUSED_ROWS:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
         else:
-            logits = self._logits(x)
-            tokens, at = logits.argmax(-1), at + 1
-        self.newest[index], self.position[index] = tokens, at
+            logits, at = self._logits(x), at + 1
+        if greedy:
+            tokens = tokens if logits is None else logits.argmax(-1)
+            self.newest[index] = tokens
+        self.position[index] = at
         self.position[self.null_row :].zero_()
-        return tokens, logits
+        return (tokens, None) if greedy else (None, logits)
 
     def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
         view = self.cache.view(PagedBatch(self.tables, slots, decodes, starts, longest))
         return self.decoder.hidden(tokens[None], at[None], view)  # [1, T, C]
 
     def _logits(self, x: Tensor) -> Tensor:
-        """fp32 [n, V] from x [1, n, C]."""
-        if not x.shape[1]:
-            return x.new_zeros(0, self.vocab_size, dtype=torch.float32)
-        return self.decoder.logits(x)[0].float()
+        """[n, V] from x [1, n, C]."""
+        return self.decoder.logits(x)[0] if x.shape[1] else x.new_zeros(0, self.vocab_size)
 
     # ---- Getting ready -----------------------------------------------------------------------------------------------
 
@@ -215,13 +215,13 @@ class Runner:
     def prepare(self, size: int) -> None:
         """Compile what decode steps of a size need, and capture them on CUDA."""
         self.decoding[:], self.decoded = self.null_row, None
-        for fused in {False, self._fuses(size)}:
-            self._step(size, fused)
+        for greedy in (True, False):
+            self._step(size, greedy)
             if self.graph_pool is not None and self.kernels:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.graph_pool):
-                    results = self._step(size, fused)
-                self.graphs[size, fused] = graph, *results
+                    results = self._step(size, greedy)
+                self.graphs[size, greedy] = graph, *results
 
 
 def buckets(most: int) -> list[int]:
