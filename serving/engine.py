@@ -326,7 +326,7 @@ class Engine:
         return self.scheduler.accept(step, tokens, logprobs)
 
     def _fail(self, error: Exception) -> list[Output]:
-        """End the requests of the steps under way. Where the newest could not be launched, the one before may be well."""
+        """End the requests of the steps under way. If the newest was not launched, the one before may be well."""
         outputs: list[Output] = []
         if len(self.scheduler.in_flight) > len(self._flying):
             try:

@@ -223,10 +223,7 @@ class Scheduler:
             for s in self.decoding
             if s.computed < s.capacity or s in ready
         ]
-        for sequence in sorted(self.prefilling, key=self._rank) if self.prefilling else ():
-            self._prefill(sequence)
-        while self._budget() > 0 and (newcomer := self._admit()) is not None:
-            self._prefill(newcomer)
+        self._fill()
         self._host += self._host_leaving
         self.pool.release(self._held)
         self._host_leaving, self._held = [], []
@@ -287,10 +284,27 @@ class Scheduler:
         """Tokens that the step in the making has room for."""
         return self.max_step_tokens - len(self._step.decodes) - sum(work.count for work in self._step.prefills)
 
-    def _prefill(self, sequence: Sequence) -> None:
-        """Put known tokens of a running sequence into the step, as many as it has room for."""
-        count = min(len(sequence.tokens) - sequence.computed, self._budget())
-        if count:
+    def _fill(self) -> None:
+        """Spend what decoding leaves: on prompts that are partly done, and on the queue.
+
+        Those of lower levels in the queue come before prompts partly done. Who comes before one leaves it a quarter.
+        """
+        partly = sorted(self.prefilling, key=self._rank) if self.prefilling else []
+        for sequence in partly:
+            level, kept = self.policy.level(sequence), self._quarter()
+            while self._budget() > kept and self._admit(below=level):
+                self._prefill(next(reversed(self.prefilling)), kept=kept)
+            self._prefill(sequence, kept=0 if sequence is partly[-1] else self._quarter())
+        while self._budget() > 0 and self._admit():
+            self._prefill(next(reversed(self.prefilling)))
+
+    def _quarter(self) -> int:
+        return -(-self._budget() // 4)
+
+    def _prefill(self, sequence: Sequence, *, kept: int = 0) -> None:
+        """Put known tokens of a sequence into the step, as many as it has room for, if it is running still."""
+        count = min(len(sequence.tokens) - sequence.computed, self._budget() - kept)
+        if count > 0 and sequence.slot is not None:
             samples = sequence.computed + count == len(sequence.tokens)
             mask = sequence.mask if samples else None
             self._step.prefills.append(Work(sequence, sequence.computed, count, samples, sequence.epoch, mask))
@@ -318,7 +332,7 @@ class Scheduler:
             if sequence.computed == len(sequence.blocks) * self.block_size:
                 self._publish(sequence)
                 if not self._extend(sequence, preempt=not ending):
-                    continue
+                    continue  # it pauses
             if sequence.constraint is None:
                 self._set_capacity(sequence)
             else:
@@ -330,30 +344,30 @@ class Scheduler:
             sequence.capacity = min(len(sequence.blocks) * self.block_size, sequence.end - 1)
 
     def _extend(self, sequence: Sequence, *, preempt: bool) -> bool:
-        """One more block for a running sequence; False if it has to pause, or was itself the one to go."""
+        """One more block for a running sequence; False if only those served before it could make room."""
         while not self.pool.available:
-            if not preempt:
-                return False
             last = max((*self.decoding, *self.prefilling), key=self._rank)
-            self._preempt(last)
-            if last is sequence:
+            if last is sequence or not preempt:
                 return False
+            self._preempt(last)
         (block,) = self.pool.allocate(1)
         self._step.table.append((sequence.slot, len(sequence.blocks), block))
         sequence.blocks.append(block)
         return True
 
-    def _admit(self) -> Sequence | None:
-        """Bring in the first of the queue, with a slot and memory for all its tokens; None if there is no room."""
+    def _admit(self, *, below: int | None = None) -> bool:
+        """Bring in the first of the queue, if its level is below, with a slot and memory for all its tokens."""
         sequence = self.waiting.head()
-        if sequence is None or not self._place(sequence):
-            return None
+        if sequence is None or (below is not None and self.policy.level(sequence) >= below):
+            return False
+        if not self._place(sequence):
+            return False
         self.waiting.remove(sequence)
         self.prefilling[sequence] = None
         slot = sequence.slot = self._slots.pop()
         self._step.joined.append(sequence)
         self._step.table += [(slot, index, block) for index, block in enumerate(sequence.blocks)]
-        return sequence
+        return True
 
     def _place(self, sequence: Sequence) -> bool:
         """Blocks for all known tokens: found in the cache, shared with the first sample, swapped in, or empty."""

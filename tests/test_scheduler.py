@@ -295,6 +295,44 @@ def test_nobody_goes_for_memory_that_is_about_to_come_back() -> None:
     assert machine.scheduler.counters.preemptions == 0
 
 
+def test_the_newest_pauses_rather_than_go_for_itself() -> None:
+    machine = Machine(n_blocks=8)
+    requests = [request(str(i), prompt(length, i), max_new_tokens=4) for i, length in enumerate([9, 4, 8])]
+    machine.run(*requests)
+    machine.expect(*requests)
+    assert machine.scheduler.counters.preemptions == 0
+    assert [shape(step)[0] for step in machine.steps[1:5]] == [["0", "1"]] * 3 + [["2"]]
+
+
+def test_nothing_is_swapped_out_for_a_sequence_that_has_been_aborted() -> None:
+    machine = Machine(n_host_blocks=2)
+    other = request("other", prompt(5, 1))
+    machine.add(request("x", prompt(6)))
+    machine.turn()
+    machine.scheduler._preempt(*machine.scheduler.decoding)
+    machine.scheduler.abort("x")
+    machine.add(other)
+    assert machine.turn().swap_out == []
+    machine.run()
+    machine.expect(other)
+
+
+def test_host_blocks_are_not_written_before_they_are_read() -> None:
+    """Within a step swaps out come first: what is swapped in leaves its host blocks to the next step."""
+    machine = Machine(n_host_blocks=2, max_running=1, policy="priority")
+    requests = [request("0", prompt(6), priority=0), request("5", prompt(6, 1), priority=5)]
+    machine.add(requests[1])
+    machine.turn()
+    (low,) = machine.scheduler.decoding
+    machine.scheduler._preempt(low)
+    machine.turn()
+    assert low.slot is not None and machine.steps[-1].swap_in
+    machine.scheduler._preempt(low)
+    assert len(machine.scheduler._step.swap_out) == 2
+    machine.run(requests[0])
+    machine.expect(*requests)
+
+
 # ---- Constraints -----------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +409,63 @@ def test_nothing_is_displaced_in_vain() -> None:
     assert machine.scheduler.counters.preemptions == 0
     machine.run()
     assert ends(machine) == ["keeps", "large", "other"]
+
+
+def test_who_is_about_to_finish_is_not_displaced() -> None:
+    machine = Machine(policy="priority", overlap=True, max_running=1)
+    requests = [request(str(p), prompt(6, p), priority=p, max_new_tokens=2) for p in (1, 0)]
+    machine.add(requests[0])
+    machine.turn()
+    machine.turn()  # the last token is under way
+    machine.run(requests[1])
+    machine.expect(*requests)
+    assert machine.scheduler.counters.preemptions == 0
+
+
+def test_a_long_prompt_is_overtaken_but_goes_on() -> None:
+    machine = Machine(policy="priority", n_blocks=101, max_step_tokens=8)
+    machine.add(request("long", prompt(40), priority=1))
+    machine.turn()
+    machine.add(request("x", prompt(5, 1), priority=0), request("y", prompt(9, 2), priority=0), request("z", [1]))
+    found = [shape(machine.turn())[1] for _ in range(3)]
+    assert found == [
+        [("x", 0, 5, True), ("y", 0, 1, False), ("long", 8, 2, False)],
+        [("y", 1, 5, False), ("z", 0, 1, True), ("long", 10, 1, False)],
+        [("y", 6, 3, True), ("long", 11, 3, False)],
+    ]
+
+
+def test_who_came_back_stays_until_it_has_a_token() -> None:
+    """Two prompts that take longer to compute than either waits patiently: both get on all the same."""
+    policy = Mlfq(quantum=1, levels=2, prefill=1, patience=2)
+    machine = Machine(policy=policy, n_blocks=101, max_running=1, max_step_tokens=4, prefix_caching=False)
+    requests = [request(str(i), prompt(30, i), max_new_tokens=6) for i in range(2)]
+    machine.add(*requests)
+    while machine.scheduler.requests:
+        machine.turn()
+        assert machine.turns < 200
+    machine.expect(*requests)
+    assert machine.scheduler.counters.preemptions > 3
+
+
+def test_the_source_of_a_copy_is_kept_until_it_is_copied() -> None:
+    """The first sample is displaced by a sequence that is swapped in, in the step in which the second is made."""
+    machine = Machine(policy=Mlfq(quantum=1000), n_blocks=101, max_running=2, n_host_blocks=20)
+    swapped, other, two = request("s", prompt(9, 1)), request("o", prompt(9, 2)), request("x", prompt(6), n=2)
+    machine.add(swapped)
+    machine.turn()
+    machine.add(two)
+    machine.turn()
+    first, second = machine.scheduler.requests["x"]
+    (sequence,) = machine.scheduler.requests["s"]
+    first.level, second.level, sequence.level = 2, 0, 1
+    machine.scheduler.abort("o")
+    machine.scheduler._preempt(sequence)
+    step = machine.turn()
+    assert {s for s in step.joined} == {second, sequence} and first.slot is None
+    assert step.copies and step.swap_in
+    machine.run(other)
+    machine.expect(swapped, other, two)
 
 
 def test_short_answers_overtake_long_ones_without_their_lengths_being_known() -> None:
