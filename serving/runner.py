@@ -84,9 +84,11 @@ class Runner:
         n = -(-self.max_seq_len // block_size)
         self.tables = torch.zeros(max_running + 1, n, dtype=torch.int32, device=self.device)
         self.drawing = Drawing(slots=max_running + 1, vocab_size=self.vocab_size, device=self.device)
-        # The slots that decode steps run, the first so many, and who they are.
-        self.decoding = torch.full((max_running,), self.null_row, dtype=torch.int32, device=self.device)
+        # The slots that decode steps run, the first so many, as torch and as the kernels index; and who they are.
+        self.decoding = torch.full((max_running,), self.null_row, device=self.device)
+        self.decoding_int32 = self.decoding.int()
         self.decoded: Rows | None = None
+        self.sizes = torch.arange(max_running + 1, dtype=torch.int32, device=self.device)
         self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
@@ -157,7 +159,7 @@ class Runner:
         n = len(rows.slots)
         size = n if not self.graphs else next(size for size in buckets(self.max_running) if size >= n)
         if rows is not self.decoded:
-            self.decoding[:n], self.decoding[n:] = rows.index, self.null_row
+            self._show(rows.index)
             self.decoded = rows
         greedy = rows.sampling is None
         if (size, greedy) in self.graphs:
@@ -168,15 +170,19 @@ class Runner:
         tokens, logits = (None if x is None else x[:n] for x in results)
         return tokens, logits
 
+    def _show(self, index: Tensor) -> None:
+        """Let decode steps run these slots, and the null row in the place of those that are missing."""
+        self.decoding[: len(index)], self.decoding[len(index) :] = index, self.null_row
+        self.decoding_int32.copy_(self.decoding)
+
     def _step(self, size: int, greedy: bool) -> tuple[Tensor | None, Tensor | None]:
         """A step of the first `size` slots in `decoding`: tokens [size] if all are greedy, else logits [size, V].
 
         It reads and writes tables alone, so a graph can hold it. Who is not greedy is given its newest token later.
         """
-        slots = self.decoding[:size]
-        index = slots.long()
+        index, slots = self.decoding[:size], self.decoding_int32[:size]
         tokens, at = self.newest[index], self.position[index]
-        x = self._hidden(tokens, at, slots, size, slots.new_full((1,), size), 0)
+        x = self._hidden(tokens, at, slots, size, self.sizes[size:][:1], 0)
         logits = None
         if greedy and self.kernels and size <= FUSED_ROWS:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
@@ -214,7 +220,8 @@ class Runner:
     @torch.no_grad()
     def prepare(self, size: int) -> None:
         """Compile what decode steps of a size need, and capture them on CUDA."""
-        self.decoding[:], self.decoded = self.null_row, None
+        self._show(self.decoding[:0])
+        self.decoded = None
         for greedy in (True, False):
             self._step(size, greedy)
             if self.graph_pool is not None and self.kernels:

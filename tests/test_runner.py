@@ -12,6 +12,7 @@ import torch
 from cache import KV_DTYPES
 from generate import Generator
 from generate import Request as Prompt
+from kernels.decoder import Decoder
 from model import Transformer
 from sampling import SamplingParams
 from serving.engine import Engine, EngineOptions
@@ -119,6 +120,39 @@ def test_a_request_gets_in_a_crowd_what_it_gets_alone(switches: str, sizes: dict
     assert (stats.preemptions > 0) == (runner.n_blocks == 41) and (stats.swaps > 0) == ("n_host_blocks" in sizes)
     assert (stats.prefix_hits > 0) == ("no_prefix_caching" not in options)
     assert stats.running == stats.waiting == stats.kv_usage == 0
+
+
+class Replayed:
+    """Stands for a CUDA graph: runs its step again, with the results in the memory of the first time."""
+
+    def __init__(self, runner: Runner, size: int, fused: bool) -> None:
+        self.step = functools.partial(runner._step, size, fused)
+        self.results = self.step()
+
+    def replay(self) -> None:
+        for old, new in zip(self.results, self.step(), strict=True):
+            if old is not None:
+                old.copy_(new)
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_graphs_of_the_kernels_steps_give_the_same(switches: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(replace(TINY, **SWITCHES[switches]))
+    decoder = Decoder(model, max_seq_len=TINY.max_seq_len, batch_size=18)
+    runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61)
+    for size in buckets(18):
+        for fused in {False, runner._fuses(size)}:
+            graph = Replayed(runner, size, fused)
+            runner.graphs[size, fused] = graph, *graph.results
+    assert [size for size, fused in runner.graphs if fused] == [1, 2, 4, 8, 16]
+    monkeypatch.setattr(runner, "_step", lambda size, fused: pytest.fail("ran without its graph"))
+    expected = crowd_alone(switches)
+    served = serve(runner, *crowd())  # in steps of all sizes, in which some are sampled
+    assert served.tokens == expected
+    greedy = [r for r in crowd() if r.params.temperature == 0.0]
+    for company in (greedy[:1], greedy[:5]):
+        served = serve(runner, *company)
+        assert served.tokens == {(r.id, 0): expected[r.id, 0] for r in company}
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
