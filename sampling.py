@@ -82,7 +82,8 @@ class SamplingBatch:
     """The parameters of B rows as device tensors [B, 1], and what the host knows of them to skip whole filters.
 
     `greedy`: every row takes the argmax. `candidates`: how many of the largest logits top-k and top-p have to look
-    at; 0 when no row uses either. `penalizes`: some row does, so there is a `history`: the one given, or a new one.
+    at; 0 when no row uses either. `floors`: some row uses min-p. `penalizes`: some row does, so there is a `history`:
+    the one given, or a new one.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class SamplingBatch:
         self.candidates = 0
         if any(p.top_k or p.top_p < 1.0 for p in params):
             self.candidates = min(max(p.top_k or vocab_size for p in params), vocab_size)
+        self.floors = any(p.min_p for p in params)
         self.penalizes = any(p.penalizes for p in params)
         self.history = history
         if self.penalizes and history is None:
@@ -123,9 +125,9 @@ class SamplingBatch:
         return self.greedy and not self.penalizes
 
     @property
-    def kind(self) -> tuple[bool, int, bool]:
+    def kind(self) -> tuple[bool, int, bool, bool]:
         """Batches of one kind run the same operations, so they can share a compiled step or a CUDA graph."""
-        return self.greedy, self.candidates, self.penalizes
+        return self.greedy, self.candidates, self.floors, self.penalizes
 
     @property
     def columns(self) -> dict[str, Tensor]:
@@ -177,6 +179,8 @@ def top_k_top_p(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 def min_p(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Logits [B, V] with -inf where a token is less than min_p times as likely as the row's likeliest."""
+    if not batch.floors:
+        return logits
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + batch.min_p.log(), -math.inf)
 
 
