@@ -37,7 +37,7 @@ class Decoder:
 
     def bucket(self, length: int) -> int:
         """The cache length to show to a step: kernels end where the cache is live, but plan by what they are shown."""
-        return min(tuning.SHORT if length <= tuning.SHORT else self.max_seq_len, self.max_seq_len)
+        return next((slots for slots in tuning.CONTEXTS if length <= slots < self.max_seq_len), self.max_seq_len)
 
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
         """The last layer's output [B, T, C] for tokens [B, T] at positions input_pos [B, T]; writes the cache."""

@@ -110,7 +110,7 @@ def plan(format: str, M: int, N: int, K: int, mode: str, x: Tensor) -> Plan:
     return _plan(x.device, format, M, N, K, mode, x.element_size())
 
 
-SHORT = 1024  # slots up to which attention runs by its plan for short contexts
+BRIEF, SHORT = CONTEXTS = 256, 1024  # slots up to which attention runs by its plans for brief and for short contexts
 
 
 def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> AttentionPlan:
@@ -120,7 +120,7 @@ def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> Att
     if known and x.element_size() == 2:
         return AttentionPlan(*known)
     row = head_dim * x.element_size()  # bytes of a key, which lie in registers
-    if kind == "short" and row <= 128:
+    if row <= (256 if kind == "brief" else 128 if kind == "short" else 0):
         return AttentionPlan(256, 256, 264, 8)
     if kind == "short" and row <= 256:
         return AttentionPlan(128, 128, 264, 4)
@@ -129,14 +129,16 @@ def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> Att
 
 
 def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
-    """In a "short" context latency counts, in a "long" one bandwidth. In a short and "wide" one there are programs
-    enough, and it is not worth cutting into splits that have to be combined.
+    """In a "brief" context, which one block holds, and a "short" one latency counts, in a "long" one bandwidth. In a
+    short and "wide" one there are programs enough, and it is not worth cutting into splits that have to be combined.
     """
     if slots > SHORT:
         return "long"
-    return "wide" if rows * n_kv_heads >= 64 else "short"
+    if rows * n_kv_heads >= 64:
+        return "wide"
+    return "brief" if slots <= BRIEF else "short"
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
-    """The table's key for attention over that many key/value heads; kind is "short", "wide" or "long"."""
+    """The table's key for attention over that many key/value heads; kind as of `attention_kind`."""
     return f"attention {n_kv_heads}x{head_dim} {kind}"
