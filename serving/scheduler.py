@@ -12,6 +12,7 @@ scheduler does not know the model, tensors or time limits.
 """
 
 import itertools
+import math
 import operator
 import time
 from collections import abc, deque
@@ -109,7 +110,7 @@ class Scheduler:
         # The last token is never stored. A sequence alone always fits, which is what makes progress certain.
         self.max_seq_len = min(max_seq_len, self.pool.total * block_size + 1)
         self.prefix_caching = prefix_caching
-        self.watermark = -int(-watermark * self.pool.total // 1)  # rounded up
+        self.watermark = math.ceil(watermark * self.pool.total)
         self.waiting = WaitingQueue(policy)
         self.decoding: dict[Sequence, None] = {}  # running, in the order they came in; prompts are done
         self.prefilling: dict[Sequence, None] = {}  # running, prompts partly done
