@@ -190,9 +190,9 @@ class Runner:
         D: int,
         longest: int,
     ) -> Tensor:
-        """What `lay_out` gives, run: logits of the tokens at `last`, those of `drawn` slots."""
+        """What `lay_out` gives, run: logits of the tokens at `last`. No prompt has more than `most` tokens."""
         tokens[:D] = self.newest[slots[:D]]
-        x = self._hidden(tokens, at, slots, D, starts, longest)
+        x = self._hidden(tokens, at, slots, D, starts, most)
         self.position[drawn] = at[last] + 1
         self.position[self.null_row :].zero_()
         return self._logits(x[:, last])
