@@ -180,15 +180,7 @@ class Runner:
         return min(n for n in (0, 8, 32, 128, self.max_running) if decodes <= n <= self.max_running), size
 
     def _mixed_step(
-        self,
-        tokens: Tensor,
-        at: Tensor,
-        last: Tensor,
-        drawn: Tensor,
-        slots: Tensor,
-        starts: Tensor,
-        D: int,
-        longest: int,
+        self, tokens: Tensor, at: Tensor, last: Tensor, drawn: Tensor, slots: Tensor, starts: Tensor, D: int, most: int
     ) -> Tensor:
         """What `lay_out` gives, run: logits of the tokens at `last`. No prompt has more than `most` tokens."""
         tokens[:D] = self.newest[slots[:D]]
