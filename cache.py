@@ -5,18 +5,30 @@ first slots: attention reads exactly the view it is handed, so its cost follows 
 allocated one. Slots past a row's own position are masked, so what a padded prompt, a rejected draft or an aborted
 answer left there is never read before it is overwritten. The cache does not know tokens, lengths or requests: who
 holds those decides what to keep.
+
+`StaticCache` has a row for each row of a batch. `PagedCache` has blocks of a few slots, of which tables make sequences;
+a forward's tokens, of many sequences, then lie in one row behind each other.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import hardware
 from kernels.codes import decode, encode
 
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what a cache can be stored in beside the model's dtype
+
+
+def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
+    """ValueError where a cache cannot be stored so on this device."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise ValueError(f"a cache cannot be stored in {kv_dtype}; there are {', '.join(KV_DTYPES)}")
+    if kv_dtype == "fp8" and not hardware.has_fp8(device):
+        raise ValueError(f"{hardware.device_name(device)} has no fp8 numbers; take --kv-dtype int8")
 
 
 class LayerCache(Protocol):
@@ -38,6 +50,14 @@ class KVCache(Protocol):
         """The masks for full and for sliding-window layers, as `LayerCache.attend` takes them."""
 
 
+def masks_of(input_pos: Tensor, length: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """Which of `length` slots tokens at input_pos [B, T] see, bool [B, 1, T, S]: `window` ones up to their own."""
+    slot = torch.arange(length, device=input_pos.device)
+    pos = input_pos[:, None, :, None]  # [B, 1, T, 1]
+    mask = slot <= pos
+    return mask, mask if window is None else mask & (slot > pos - window)
+
+
 class StaticLayer:
     """Keys and values [B, S, K, D] of one layer."""
 
@@ -56,9 +76,12 @@ class StaticLayer:
         return StaticLayer(self.k[:rows, :length], self.v[:rows, :length])
 
     def write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
-        self.k[rows, input_pos] = k.to(self.k.dtype)
-        self.v[rows, input_pos] = v.to(self.v.dtype)
+        self.put(torch.arange(k.shape[0], device=k.device)[:, None], input_pos, k, v)
+
+    def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v [..., K, D] in these slots of these rows, int64 [...]."""
+        self.k[rows, slots] = k.to(self.k.dtype)
+        self.v[rows, slots] = v.to(self.v.dtype)
 
     def attend(self, q: Tensor, mask: Tensor | None) -> Tensor:
         B, T, H, D = q.shape
@@ -111,10 +134,9 @@ class QuantizedLayer(StaticLayer):
     def narrow(self, length: int, rows: int | None) -> "QuantizedLayer":
         return QuantizedLayer(*(x[:rows, :length] for x in self.tensors), self.dtype)
 
-    def write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
-        self.k[rows, input_pos], self.k_scale[rows, input_pos] = encode(k, self.k.dtype)
-        self.v[rows, input_pos], self.v_scale[rows, input_pos] = encode(v, self.v.dtype)
+    def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        self.k[rows, slots], self.k_scale[rows, slots] = encode(k, self.k.dtype)
+        self.v[rows, slots], self.v_scale[rows, slots] = encode(v, self.v.dtype)
 
     def _read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return decode(self.k, self.k_scale, dtype), decode(self.v, self.v_scale, dtype)
@@ -123,6 +145,31 @@ class QuantizedLayer(StaticLayer):
 def layer_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> StaticLayer:
     """The layer that stores `tensors` and is read as `dtype`."""
     return StaticLayer(*tensors) if len(tensors) == 2 else QuantizedLayer(*tensors, dtype)
+
+
+def layers_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[StaticLayer]:
+    """The layers that tensors [n_layers, ...] store."""
+    return [layer_of(layer, dtype) for layer in zip(*tensors, strict=True)]
+
+
+def new_storage(
+    *,
+    n_layers: int,
+    batch: int,
+    max_seq_len: int,
+    n_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kv_dtype: str | None = None,
+) -> list[Tensor]:
+    """Memory for the keys and values of every layer, in the model's `dtype` or in one of `KV_DTYPES`."""
+    shape = 2, n_layers, batch, max_seq_len, n_kv_heads, head_dim
+    # Zeros, not empty: a masked slot still meets the softmax's zero weight, and 0 * NaN is NaN.
+    tensors = [*torch.zeros(shape, dtype=dtype if kv_dtype is None else KV_DTYPES[kv_dtype], device=device)]
+    if kv_dtype is not None:
+        tensors += torch.zeros(shape[:-1], device=device)  # the scales
+    return tensors
 
 
 class StaticCache:
@@ -137,25 +184,9 @@ class StaticCache:
         self.tail = tail
 
     @classmethod
-    def allocate(
-        cls,
-        *,
-        n_layers: int,
-        batch: int,
-        max_seq_len: int,
-        n_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        kv_dtype: str | None = None,
-    ) -> "StaticCache":
-        """A cache for a model in `dtype`, stored in that or in one of `KV_DTYPES`."""
-        shape = 2, n_layers, batch, max_seq_len, n_kv_heads, head_dim
-        # Zeros, not empty: a masked slot still meets the softmax's zero weight, and 0 * NaN is NaN.
-        tensors = [*torch.zeros(shape, dtype=dtype if kv_dtype is None else KV_DTYPES[kv_dtype], device=device)]
-        if kv_dtype is not None:
-            tensors += torch.zeros(shape[:-1], device=device)  # the scales
-        return cls([layer_of([x[i] for x in tensors], dtype) for i in range(n_layers)])
+    def allocate(cls, *, dtype: torch.dtype, **storage: Any) -> "StaticCache":
+        """A cache for a model in `dtype`; `new_storage` says what else it takes."""
+        return cls(layers_of(new_storage(dtype=dtype, **storage), dtype))
 
     @property
     def max_seq_len(self) -> int:
@@ -176,8 +207,116 @@ class StaticCache:
         causal = self.tail and (T == S or flash)  # no mask needed
         if causal and (window is None or window >= S):
             return None, None
-        slot = torch.arange(S, device=input_pos.device)
-        pos = input_pos[:, None, :, None]  # [B, 1, T, 1]
-        mask = slot <= pos  # [B, 1, T, S]
-        window_mask = mask if window is None else mask & (slot > pos - window)
+        mask, window_mask = masks_of(input_pos, S, window)
         return (None if causal else mask), window_mask
+
+
+class PagedBatch(NamedTuple):
+    """Which tokens of a forward over tokens [1, T] belong to which sequence."""
+
+    tables: Tensor  # int32 [sequences, blocks]: where a sequence's blocks lie, in order
+    rows: Tensor  # int32 [R]: each sequence's row of `tables`
+    decodes: int  # the first so many sequences have a token each ...
+    starts: Tensor  # int32 [R - decodes + 1]: ... those of the others begin here in the forward, and end here
+    longest: int  # the most tokens that one of those others has
+
+
+class Part(NamedTuple):
+    """Tokens that attend together: B sequences of T tokens each."""
+
+    tokens: slice  # in the forward
+    blocks: Tensor  # int64 [B, blocks]
+    length: int  # S: how many of these blocks' slots are looked at
+    mask: Tensor | None  # [B, 1, T, S], as `StaticLayer.attend` takes it
+
+
+class PagedLayer:
+    """One layer's blocks [n_blocks, block_size, K, D], as the sequences of one forward use them."""
+
+    def __init__(self, pool: StaticLayer, view: "PagedView") -> None:
+        self.pool, self.view = pool, view
+        self.k, self.v, self.k_scale, self.v_scale = pool.k, pool.v, pool.k_scale, pool.v_scale
+
+    def write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
+        self.pool.put(*self.view.places, k[0], v[0])
+
+    def attend(self, q: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Attention of q [1, T, H, D], part by part, over a copy of the blocks in order."""
+        H, D = q.shape[2:]
+        ys = []
+        for tokens, blocks, length, mask in parts:
+            rows = [x[blocks].flatten(1, 2)[:, :length] for x in self.pool.tensors]  # [B, S, ...]
+            y = layer_of(rows, self.pool.dtype).attend(q[0, tokens].view(blocks.shape[0], -1, H, D), mask)
+            ys.append(y.reshape(1, -1, H, D))
+        return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)
+
+
+class PagedView:
+    """What one forward sees of a `PagedCache`: tokens [1, T] of the sequences that `batch` names.
+
+    In plain torch, for the CPU, and what the kernels are held against: those take the blocks, the tables and no masks.
+    """
+
+    def __init__(self, pools: Sequence[StaticLayer], batch: PagedBatch) -> None:
+        self.batch = batch
+        self.layers = [PagedLayer(pool, self) for pool in pools]
+        self.places: tuple[Tensor, Tensor] | None = None  # int64 [T] each: the block and the slot in it of each token
+
+    def masks(self, input_pos: Tensor, window: int | None) -> tuple[list[Part], list[Part]]:
+        """Who attends over what, in full and in sliding-window layers. Settles where keys are written, too."""
+        batch, pos, block_size = self.batch, input_pos[0], self.layers[0].k.shape[1]
+        starts, rows = batch.starts.tolist(), batch.rows.long()
+        counts = torch.cat((torch.ones_like(rows[: batch.decodes]), batch.starts.diff()))
+        owner = rows.repeat_interleave(counts, output_size=len(pos))  # [T]
+        self.places = batch.tables[owner, pos // block_size].long(), pos % block_size
+
+        def part(rows: Tensor, tokens: slice) -> tuple[Part, Part]:
+            at = pos[tokens].view(len(rows), -1)  # [B, T]
+            length = int(at.max()) + 1
+            n = -(-length // block_size)
+            if at.shape[1] == 1:  # whole blocks, and two at least: what a CPU compiles
+                n = max(n, 2)
+                length = n * block_size
+            blocks = batch.tables[rows, :n].long()
+            if at.shape[1] == length and (window is None or window >= length):  # plainly causal
+                return (Part(tokens, blocks, length, None),) * 2
+            return tuple(Part(tokens, blocks, length, mask) for mask in masks_of(at, length, window))
+
+        parts = [part(rows[: batch.decodes], slice(0, batch.decodes))] if batch.decodes else []
+        for row, begin, end in zip(rows[batch.decodes :].split(1), starts, starts[1:], strict=False):
+            parts.append(part(row, slice(begin, end)))
+        full, sliding = zip(*parts, strict=True)
+        return list(full), list(sliding)
+
+
+class PagedCache:
+    """Blocks of slots for every layer. Block 0 belongs to nobody: what pads a batch is written there."""
+
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.tensors = tensors  # [n_layers, n_blocks, block_size, ...] each
+        self.layers = layers_of(tensors, dtype)
+
+    @classmethod
+    def allocate(cls, *, n_blocks: int, block_size: int, dtype: torch.dtype, **storage: Any) -> "PagedCache":
+        """A cache for a model in `dtype`; `new_storage` says what else it takes."""
+        return cls(new_storage(batch=n_blocks, max_seq_len=block_size, dtype=dtype, **storage), dtype)
+
+    @property
+    def n_blocks(self) -> int:
+        return self.tensors[0].shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.tensors[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors)
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Let blocks be copies of others, int64 [any] each; none is on both sides."""
+        for x in self.tensors:
+            x[:, targets] = x[:, sources]
+
+    def view(self, batch: PagedBatch) -> PagedView:
+        return PagedView(self.layers, batch)

@@ -11,10 +11,8 @@ line: prompts in, text, samples and figures out.
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
-import os
 import random
 import re
 import sys
@@ -23,24 +21,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-import aot
 import chat
 import checkpoint
 import cli
 import hardware
-from cache import KV_DTYPES, StaticCache
+from answer import GrowingText
+from cache import KV_DTYPES, StaticCache, check_kv_dtype
+from compiling import compile_model
 from model import Transformer
 from quant.linears import RECIPES, QuantizedLinear, settle_model
 from sampling import SamplingBatch, SamplingParams, sample
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from kernels.decoder import Decoder
 
 
 @dataclass(kw_only=True, eq=False)
@@ -98,7 +93,9 @@ class Generator:
         self.input_pos = torch.zeros_like(self.tokens[0])
         if self.device.type == "cpu":
             settle_model(model)  # not in the first answer, which may be interrupted
-        self.decoder = compile_model(model, self.cache) if compile else model
+        self.decoder = (
+            compile_model(model, max_seq_len=self.cache.max_seq_len, batch_size=batch_size) if compile else model
+        )
         self.fused = self.decoder is not model  # kernels, which also end a greedy step and choose the buckets
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -129,7 +126,7 @@ class Generator:
         longest = max(len(r.prompt) for r in requests)
         last_step = max(min(r.max_new_tokens, self.max_seq_len - len(r.prompt)) for r in requests) - 1
         self.prefill([r.prompt for r in requests], start, sampling)
-        pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        pending: deque[hardware.Arrival] = deque()
         lookahead = self.lookahead if self.device.type == "cuda" else 0
         step = 0
         try:
@@ -139,11 +136,9 @@ class Generator:
                     steps = self.burst if last_step - step >= self.burst else 1
                     step += steps
                     self.decode(min(longest + step, self.max_seq_len), sampling, steps)
-                    pending.append(self._send(B, steps))
-                tokens, sent = pending.popleft()
-                if sent is not None:
-                    sent.synchronize()
-                for newest in tokens.tolist():
+                    pending.append(hardware.Arrival(self.tokens[-steps:, :B, 0]))
+                (tokens,) = pending.popleft().wait()
+                for newest in tokens.tolist():  # [steps, B]
                     yield from self._accept(requests, newest)
         finally:
             if B == 1:  # also when the caller stops early: what is known to be written stays usable
@@ -258,16 +253,6 @@ class Generator:
         kept.copy_(new)
         return kept
 
-    def _send(self, rows: int, steps: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Start copying the latest steps' tokens [steps, rows] to the host, to be read once the event has passed."""
-        tokens = self.tokens[-steps:, :rows, 0]
-        if self.device.type != "cuda":
-            return tokens.cpu(), None
-        host = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
-        sent = torch.cuda.Event()
-        sent.record()
-        return host, sent
-
     def _accept(self, requests: Sequence[Request], tokens: Sequence[int]) -> Iterator[Request]:
         for request, token in zip(requests, tokens, strict=True):
             if request.finish_reason is not None:
@@ -296,71 +281,22 @@ def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> No
         )
 
 
-def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
-    """ValueError where a cache cannot be stored so on this device."""
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise ValueError(f"a cache cannot be stored in {kv_dtype}; there are {', '.join(KV_DTYPES)}")
-    if kv_dtype == "fp8" and not hardware.has_fp8(device):
-        raise ValueError(f"{hardware.device_name(device)} has no fp8 numbers; take --kv-dtype int8")
-
-
-def compile_model(model: Transformer, cache: StaticCache) -> "Transformer | Decoder":
-    """What runs the model fast over caches like `cache`: our kernels where there is Triton, else the model, compiled.
-
-    Compiled by regions: one layer's code serves all, so compiling takes seconds, whatever the depth.
-    """
-    # Beside the models, where a reboot does not empty them.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(checkpoint.cache_dir() / "triton"))
-    device = model.embed.weight.device
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        from kernels.decoder import Decoder
-
-        return Decoder(model, max_seq_len=cache.max_seq_len, batch_size=len(cache.layers[0].k))
-    if device.type == "cpu":
-        aot.compile_for_cpu(model, checkpoint.cache_dir() / "aot")
-    elif "begin" not in vars(model):  # else it is already
-        # All layers run the same code: each of its uses (a prompt, a token, one row, several) in each kind of layer
-        # counts.
-        torch._dynamo.config.recompile_limit = 64
-        for layer in model.layers:
-            layer.compile(fullgraph=True, dynamic=True)
-        model.begin = torch.compile(model.begin, fullgraph=True, dynamic=True)
-        model.logits = torch.compile(model.logits, fullgraph=True, dynamic=True)
-    return model
-
-
-class Answer:
-    """The text of a request as it grows. A stop string ends the request and is not part of the text.
-
-    Where the answer `continues` its prompt, it keeps the space that it may begin with.
-    """
+class Answer(GrowingText):
+    """The text of a request as it grows. A stop string ends the request."""
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = (), *, continues: bool = False
     ) -> None:
-        self.request, self.stop = request, stop
-        self.text = ""
-        self._stream = tokenizer.stream(continues=continues)
+        super().__init__(tokenizer, stop, continues=continues)
+        self.request = request
         self._tokens = 0  # how many of the request's tokens are in the text
-        self._shown = 0  # how many characters `update` has returned
 
     def update(self) -> str:
-        """The text that became certain since the last call: no half character, nothing that may begin a stop string."""
-        for token in self.request.token_ids[self._tokens :]:
-            self.text += self._stream.push(token)
+        """The text that became certain since the last call."""
+        new = self.push(self.request.token_ids[self._tokens :], last=self.request.finish_reason is not None)
         self._tokens = len(self.request.token_ids)
-        if self.request.finish_reason is not None:
-            self.text += self._stream.finish()
-        ends = [at for s in self.stop if (at := self.text.find(s, self._shown)) >= 0]
-        if ends:
-            self.text = self.text[: min(ends)]
+        if self.stopped:
             self.request.finish_reason = "stop"
-        held = 0
-        if self.request.finish_reason is None:
-            held = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
-        new = self.text[self._shown : len(self.text) - held]
-        self._shown += len(new)
         return new
 
 

@@ -13,6 +13,7 @@ scheduler does not know the model, tensors or time limits.
 
 import itertools
 import math
+import operator
 import time
 from collections import abc, deque
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ class Work(NamedTuple):
     mask: np.ndarray | None = None  # what a constraint allows
 
 
+_START = operator.itemgetter(1)  # of a Work
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """What the device does next, in this order: swaps out, swaps in, copies, one forward over decodes and prefills.
@@ -44,7 +48,7 @@ class Step:
     host may be given away while a step that uses it is still under way.
     """
 
-    # Of count 1: the newest token of a running sequence, which may so far exist on the device only.
+    # Of count 1: the newest token of a running sequence, which may so far exist on the device only. The longest first.
     decodes: list[Work] = field(default_factory=list)
     # Known tokens: sequence.tokens[start : start + count]. Also recomputation after a preemption, and the last prompt
     # token once more for samples 2..n, which share the first one's blocks.
@@ -226,6 +230,8 @@ class Scheduler:
             for s in self.decoding
             if s.computed < s.capacity or s in ready
         ]
+        # A device begins with the first row: were a long one among the last, it would end up running alone.
+        step.decodes.sort(key=_START, reverse=True)
         self._left = self.max_step_tokens - len(step.decodes)
         self._fill()
         self._host += self._host_leaving

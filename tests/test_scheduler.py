@@ -89,7 +89,7 @@ def test_decodes_come_first_and_prompts_are_cut_to_the_budget() -> None:
         ([], [("a", 0, 6, True), ("b", 0, 4, False)]),
         (["a"], [("b", 4, 9, False)]),
         (["a"], [("b", 13, 4, True), ("c", 0, 5, True)]),
-        (["a", "b", "c"], []),
+        (["b", "a", "c"], []),  # the longest first
     ]
     assert machine.runner.largest == 10
 
