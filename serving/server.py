@@ -4,6 +4,7 @@ SIGTERM and Ctrl-C drain: nothing new is accepted, what runs may finish, and the
 second signal ends it at once.
 """
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -17,7 +18,12 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+import cli
+from checkpoint import Checkpoint
+from model import Transformer
 from serving.api import ServerOptions, Service, make_app
+from serving.engine import Engine, EngineOptions
+from serving.runner import make_runner
 
 log = logging.getLogger("tachyon")
 
@@ -106,6 +112,39 @@ class Server(uvicorn.Server):
         late = asyncio.get_running_loop().call_later(self.drain_s, self.service.end_all, "the server is shutting down")
         await super().shutdown(sockets)
         late.cancel()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_options(parser, ServerOptions)
+    cli.add_options(parser, EngineOptions)
+
+
+def take_options(parsed: argparse.Namespace) -> tuple[EngineOptions, ServerOptions]:
+    return cli.take_options(EngineOptions, parsed), cli.take_options(ServerOptions, parsed)
+
+
+def make_service(
+    source: Checkpoint,
+    model: Transformer,
+    engine_options: EngineOptions,
+    options: ServerOptions,
+    *,
+    max_seq_len: int | None = None,
+    kv_dtype: str | None = None,
+    compile: bool = False,
+) -> Service:
+    """The API over a loaded model. No sequence is longer than `max_seq_len`, the model's context or the cache."""
+    runner = make_runner(model, engine_options, kv_dtype=kv_dtype, compile=compile)
+    limits = [runner.max_seq_len] if max_seq_len is None else [runner.max_seq_len, max_seq_len]
+    return Service(
+        lambda deliver: Engine(runner, options=engine_options, deliver=deliver),
+        source.tokenizer,
+        name=source.name,
+        eos_ids=source.eos_ids,
+        vocab_size=runner.vocab_size,
+        max_seq_len=min(limits),
+        options=options,
+    )
 
 
 def bind(options: ServerOptions) -> socket.socket:
