@@ -547,15 +547,18 @@ def serve(options: Options, parsed: argparse.Namespace) -> None:
     checkpoint.cache_dir()  # holds what is compiled: fails now rather than after the work
     with server.bind(server_options) as bound:  # likewise
         source = checkpoint.open_checkpoint(options.checkpoint)
+        tokenizer = source.tokenizer  # ValueError where there is none, before the weights are read
         dtype = hardware.DTYPES[options.dtype]
         model = checkpoint.load_model(
             source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress
         )
         service = server.make_service(
-            source,
             model,
-            engine_options,
-            server_options,
+            tokenizer,
+            name=source.name,
+            eos_ids=source.eos_ids,
+            engine_options=engine_options,
+            options=server_options,
             max_seq_len=options.max_seq_len,
             kv_dtype=options.kv_dtype,
             compile=options.compile,
