@@ -17,7 +17,7 @@ from torch import Tensor
 
 import hardware
 from cache import PagedBatch, PagedCache, check_kv_dtype, new_storage
-from compiling import compile_model
+from compiling import compile_model, has_kernels
 from model import Transformer
 from quant.linears import settle_model
 from sampling import SamplingBatch, SamplingParams, sample
@@ -261,6 +261,7 @@ def make_runner(
     if device.type == "cpu":
         settle_model(model)
     decoder = model
+    compile = compile and (device.type == "cpu" or has_kernels(device))  # what is left has no use for whole graphs
     if compile:
         decoder = compile_model(model, max_seq_len=model.config.max_seq_len, batch_size=options.max_running)
     block_size = options.block_size or (64 if device.type == "cuda" else 16)
