@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import hardware
-from cache import PagedBatch, PagedCache, check_kv_dtype, new_storage
+from cache import check_kv_dtype, new_storage
 from compiling import compile_model, has_kernels
 from model import Transformer
+from paged import PagedBatch, PagedCache
 from quant.linears import settle_model
 from sampling import SamplingBatch, SamplingParams, sample
 from serving.drawing import Drawing, Rows
@@ -293,10 +294,13 @@ def make_runner(
             f"{2 * block_bytes / 1e9:.3f} GB; {remedy}"
         )
     runner = new(n_blocks, int(options.swap_gb * 1e9 // block_bytes))
+    if device.type == "cuda":
+        runner.run_largest()  # so that no request meets what that compiles, or a lack of memory
     if compile:
-        for size in reversed(buckets(options.max_running)) if device.type == "cuda" else (1, 2):
+        several = buckets(options.max_running) if device.type == "cuda" else [1, min(2, options.max_running)]
+        for size in reversed(several):
             runner.prepare(size)
-        hardware.synchronize(device)
+    hardware.synchronize(device)
     return runner
 
 
