@@ -78,10 +78,10 @@ class Runner:
             for x in self.cache.tensors
             if n_host_blocks
         ]
-        # By slot. The last row pads batches: it stays at the beginning of block 0, which belongs to nobody.
+        # By slot: the newest token, and where it goes. The last row pads batches, with block 0, which is nobody's.
         self.null_row = max_running
-        self.newest = torch.zeros(max_running + 1, dtype=torch.int64, device=self.device)
-        self.position = torch.zeros_like(self.newest)  # of the newest token
+        self.state = torch.zeros(2, max_running + 1, dtype=torch.int64, device=self.device)
+        self.newest, self.position = self.state
         n = -(-self.max_seq_len // block_size)
         self.tables = torch.zeros(max_running + 1, n, dtype=torch.int32, device=self.device)
         self.drawing = Drawing(slots=max_running + 1, vocab_size=self.vocab_size, device=self.device)
@@ -172,9 +172,10 @@ class Runner:
         return tokens[:n], None if logits is None else logits[:n]
 
     def _show(self, index: Tensor) -> None:
-        """Let decode steps run these slots, and the null row in the place of those that are missing."""
+        """Let decode steps run these slots, and the null row, from its beginning, in the place of those missing."""
         self.decoding[: len(index)], self.decoding[len(index) :] = index, self.null_row
         self.decoding_int32.copy_(self.decoding)
+        self.state[:, self.null_row :].zero_()
 
     def _fuses(self, size: int) -> bool:
         return self.kernels and size <= FUSED_ROWS
@@ -182,16 +183,17 @@ class Runner:
     def _step(self, size: int, fused: bool) -> tuple[Tensor, Tensor | None]:
         """A step of the first `size` slots in `decoding`. It reads and writes tables alone, so a graph can hold it."""
         index, slots = self.decoding[:size], self.decoding_int32[:size]
-        tokens, at = self.newest[index], self.position[index]
+        state = self.state[:, index]
+        tokens, at = state
         x = self._hidden(tokens, at, slots, size, self.sizes[size:][:1], 0)
         logits = None
         if fused:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
         else:
             logits = self._logits(x)
-            tokens, at = logits.argmax(-1), at + 1
-        self.newest[index], self.position[index] = tokens, at
-        self.position[self.null_row :].zero_()
+            torch.argmax(logits, -1, out=tokens)
+            at += 1
+        self.state[:, index] = state
         return tokens, logits
 
     def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
