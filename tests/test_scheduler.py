@@ -296,6 +296,18 @@ def test_nobody_goes_for_memory_that_is_about_to_come_back() -> None:
     assert machine.scheduler.counters.preemptions == 0
 
 
+def test_a_prompt_without_room_is_not_looked_up_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(n_blocks=11)
+    requests = [request("0", prompt(25), max_new_tokens=12), request("1", prompt(30, 1), max_new_tokens=3)]
+    machine.add(*requests)
+    looked_up = []
+    match = machine.scheduler.pool.match
+    monkeypatch.setattr(machine.scheduler.pool, "match", lambda *args: looked_up.append(args) or match(*args))
+    machine.run()
+    machine.expect(*requests)
+    assert len(looked_up) == 3
+
+
 def test_the_newest_pauses_rather_than_go_for_itself() -> None:
     machine = Machine(n_blocks=8)
     requests = [request(str(i), prompt(length, i), max_new_tokens=4) for i, length in enumerate([9, 4, 8])]
