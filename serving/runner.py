@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import hardware
-from cache import PagedBatch, PagedCache, check_kv_dtype, new_storage
-from compiling import compile_model
+from cache import check_kv_dtype, new_storage
+from compiling import compile_model, has_kernels
 from model import Transformer
+from paged import PagedBatch, PagedCache
 from quant.linears import settle_model
 from sampling import SamplingBatch, SamplingParams, sample
 from serving.drawing import Drawing, Rows
@@ -77,10 +78,10 @@ class Runner:
             for x in self.cache.tensors
             if n_host_blocks
         ]
-        # By slot. The last row pads batches: it stays at the beginning of block 0, which belongs to nobody.
+        # By slot: the newest token, and where it goes. The last row pads batches, with block 0, which is nobody's.
         self.null_row = max_running
-        self.newest = torch.zeros(max_running + 1, dtype=torch.int64, device=self.device)
-        self.position = torch.zeros_like(self.newest)  # of the newest token
+        self.state = torch.zeros(2, max_running + 1, dtype=torch.int64, device=self.device)
+        self.newest, self.position = self.state
         n = -(-self.max_seq_len // block_size)
         self.tables = torch.zeros(max_running + 1, n, dtype=torch.int32, device=self.device)
         self.drawing = Drawing(slots=max_running + 1, vocab_size=self.vocab_size, device=self.device)
@@ -171,9 +172,10 @@ class Runner:
         return tokens, logits
 
     def _show(self, index: Tensor) -> None:
-        """Let decode steps run these slots, and the null row in the place of those that are missing."""
+        """Let decode steps run these slots, and the null row, from its beginning, in the place of those missing."""
         self.decoding[: len(index)], self.decoding[len(index) :] = index, self.null_row
         self.decoding_int32.copy_(self.decoding)
+        self.state[:, self.null_row :].zero_()
 
     def _step(self, size: int, greedy: bool) -> tuple[Tensor | None, Tensor | None]:
         """A step of the first `size` slots in `decoding`: tokens [size] if all are greedy, else logits [size, V].
@@ -181,18 +183,18 @@ class Runner:
         It reads and writes tables alone, so a graph can hold it. Who is not greedy is given its newest token later.
         """
         index, slots = self.decoding[:size], self.decoding_int32[:size]
-        tokens, at = self.newest[index], self.position[index]
+        state = self.state[:, index]
+        tokens, at = state
         x = self._hidden(tokens, at, slots, size, self.sizes[size:][:1], 0)
         logits = None
         if greedy and self.kernels and size <= FUSED_ROWS:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
         else:
-            logits, at = self._logits(x), at + 1
-        if greedy:
-            tokens = tokens if logits is None else logits.argmax(-1)
-            self.newest[index] = tokens
-        self.position[index] = at
-        self.position[self.null_row :].zero_()
+            logits = self._logits(x)
+            if greedy:
+                torch.argmax(logits, -1, out=tokens)
+            at += 1
+        self.state[:, index] = state
         return (tokens, None) if greedy else (None, logits)
 
     def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
@@ -261,6 +263,7 @@ def make_runner(
     if device.type == "cpu":
         settle_model(model)
     decoder = model
+    compile = compile and (device.type == "cpu" or has_kernels(device))  # what is left has no use for whole graphs
     if compile:
         decoder = compile_model(model, max_seq_len=model.config.max_seq_len, batch_size=options.max_running)
     block_size = options.block_size or (64 if device.type == "cuda" else 16)
@@ -292,10 +295,13 @@ def make_runner(
             f"{2 * block_bytes / 1e9:.3f} GB; {remedy}"
         )
     runner = new(n_blocks, int(options.swap_gb * 1e9 // block_bytes))
+    if device.type == "cuda":
+        runner.run_largest()  # so that no request meets what that compiles, or a lack of memory
     if compile:
-        for size in reversed(buckets(options.max_running)) if device.type == "cuda" else (1, 2):
+        several = buckets(options.max_running) if device.type == "cuda" else [1, min(2, options.max_running)]
+        for size in reversed(several):
             runner.prepare(size)
-        hardware.synchronize(device)
+    hardware.synchronize(device)
     return runner
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import pytest
 import torch
 
-from cache import KV_DTYPES, PagedBatch, PagedCache
+from cache import KV_DTYPES
 from kernels import attention, codes, language, paged, tuning
 from kernels.attention import Heads, Pages, Scratch
 from kernels.decoder import Decoder
 from kernels.tuning import AttentionPlan, PromptPlan
+from paged import PagedBatch, PagedCache
 from tests.conftest import TINY, tiny_model
 from tests.test_kernels import DEVICE, random, same
 

@@ -17,7 +17,7 @@ from model import Transformer
 from sampling import SamplingParams
 from serving.engine import Engine, EngineOptions
 from serving.request import Output, Request, TokenLogprobs
-from serving.runner import Runner, buckets, make_runner
+from serving.runner import Runner, buckets, free_memory, make_runner
 from tests.conftest import TINY, new_cache, tiny_model
 
 V = TINY.vocab_size
@@ -140,6 +140,7 @@ def test_graphs_of_the_kernels_steps_give_the_same(switches: str, monkeypatch: p
     model = tiny_model(replace(TINY, **SWITCHES[switches]))
     decoder = Decoder(model, max_seq_len=TINY.max_seq_len, batch_size=18)
     runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61)
+    runner.run_largest()
     for size in buckets(18):
         for greedy in (True, False):
             graph = Replayed(runner, size, greedy)
@@ -294,15 +295,17 @@ def test_every_batch_has_a_bucket_and_the_largest_exactly() -> None:
 
 
 def test_a_graph_of_a_larger_size_computes_the_same(model: Transformer) -> None:
-    """What pads a batch changes nothing, and stays where it is."""
+    """What pads a batch changes nothing, and is never longer than the others."""
     runner = new_runner(model, max_running=6)
     requests = [ask(str(i), prompt_of(5 + i, i), max_new_tokens=20) for i in range(3)]
     step = runner._step
-    runner._step = lambda size, fused: step(6, fused)
+    runner._step = lambda size, greedy: step(6, greedy)
     served = serve(runner, *requests)
     for request in requests:
         assert served.tokens[request.id, 0] == alone(model, request)
-    assert runner.position[runner.null_row] == 0
+    assert 0 < runner.position[runner.null_row] < 20
+    runner.prepare(6)
+    assert runner.position[runner.null_row] == 2  # a step each of two kinds
 
 
 def test_a_runner_takes_the_memory_it_is_given(model: Transformer) -> None:
@@ -314,6 +317,16 @@ def test_a_runner_takes_the_memory_it_is_given(model: Transformer) -> None:
     quantized = make_runner(model, options, kv_dtype="int8")
     assert quantized.n_blocks > 2 * runner.n_blocks
     assert make_runner(model, dataclasses.replace(options, kv_cache_gb=0.00005, block_size=4)).max_seq_len < 200
+
+
+def test_what_steps_need_and_what_is_not_ours_is_not_the_caches(
+    monkeypatch: pytest.MonkeyPatch, model: Transformer
+) -> None:
+    runner = new_runner(model, max_running=2)
+    free = iter([70e9, 70e9 - 3e9 - runner.cache.nbytes])  # a trial leaves 3 GB with torch
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 80e9))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert free_memory(torch.device("cuda"), 0.9, lambda: runner) == pytest.approx(70e9 - 3e9 - 8e9)
 
 
 def test_a_cache_without_room_is_refused(model: Transformer) -> None:
