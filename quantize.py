@@ -35,7 +35,7 @@ from quant.linears import GROUPS, PIECE, Codes, QuantizedLinear, Recipe, Storage
 from quant.recipes import read_rules, storages, with_rules
 from quant.resume import WorkFolder, fingerprint
 
-METHODS_VERSION = 1  # to be raised where a method chooses other codes: no run goes on from layers of another
+METHODS_VERSION = 2  # to be raised where a method chooses other codes: no run goes on from layers of another
 
 
 class Report:
@@ -145,8 +145,6 @@ class Options:
             raise ValueError(
                 "--method rtn looks at no activations; leave out --calibration, or use --method gptq or --method awq"
             )
-        if self.method == "gptq" and self.format == "fp":
-            raise ValueError("--method gptq chooses integers; leave out --format fp")
         if self.method == "awq" and (self.bits == 8 or self.format == "fp"):
             raise ValueError(
                 f"--method awq goes with --bits 4 or 3 --format int; got --bits {self.bits} --format {self.format}, "

@@ -500,15 +500,25 @@ def test_scales_that_overflow_in_another_dtype_are_named(sources, run, tmp_path)
 TEXT = ROOT / "tests" / "data" / "prose.txt"
 
 
-@pytest.mark.parametrize(("method", "model"), [("gptq", "plain"), ("gptq", "tied"), ("awq", "tied"), ("awq", "biased")])
-def test_methods_leave_a_smaller_error_in_the_logits_than_rounding(method, model, sources, run, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "model", "format"),
+    [
+        ("gptq", "plain", "int4"),
+        ("gptq", "tied", "int4"),
+        ("gptq", "biased", "fp8"),
+        ("awq", "tied", "int4"),
+        ("awq", "biased", "int4"),
+    ],
+)
+def test_methods_leave_a_smaller_error_in_the_logits_than_rounding(method, model, format, sources, run, tmp_path):
     calibration = ["--method", method, "--calibration", TEXT, "--samples", 16, "--seq-len", 64]
-    command = ["--checkpoint", sources[model], "--group-size", 32, "--dtype", "float32"]
+    bits = ["--bits", 8, "--format", "fp"] if format == "fp8" else ["--group-size", 32]
+    command = ["--checkpoint", sources[model], *bits, "--dtype", "float32"]
     out, err = run(*command, *calibration, "--output", tmp_path / method, "--json")
     run(*command, "--output", tmp_path / "rtn")
     linears = json.loads(out)["linears"]
     assert all(linears[name]["output_error"] < 0.2 for name in linears if name != "head")
-    assert f"[{len(linears)}/{len(linears)}] head: int8" in err
+    assert f"[{len(linears)}/{len(linears)}] head: {'fp8' if format == 'fp8' else 'int8'}" in err
     source = open_checkpoint(str(sources[model]))
     tokens = torch.tensor([source.tokenizer.encode(TEXT.read_text())[:64]])
     logits = {}
@@ -554,7 +564,6 @@ def test_awq_changes_norms_and_biases_and_the_checkpoint_carries_them(sources, r
         (["--method", "awq", "--calibration", TEXT, "--bits", 8], ["awq", "--bits 4", "--bits 8"]),
         (["--method", "awq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["awq", "--bits 4", "--format fp"]),
         (["--method", "awq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
-        (["--method", "gptq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["gptq", "--format fp"]),
         (["--method", "gptq", "--calibration", TEXT, "--samples", 0], ["--samples must be at least 1; got 0"]),
         (["--method", "awq", "--calibration", TEXT, "--seq-len", -1], ["--seq-len must be at least 1; got -1"]),
         (["--method", "gptq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
