@@ -180,9 +180,7 @@ class Options:
     def recipe_for(self, config: ModelConfig) -> Recipe:
         """How the linears of a model are to be stored; ValueError where that cannot be."""
         format = "w8a8" if self.method == "smoothquant" else f"{self.format}{self.bits}"
-        head = "fp8" if format == "fp8" else "int8"
-        if self.export is not None:
-            head = "float"
+        head = "int8" if self.export is None else "float"
         group_size = self.group_size or GROUPS[0]
         rules = [(pattern, Storage("float")) for pattern in self.exclude]
         if self.recipe is not None:

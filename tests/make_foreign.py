@@ -5,9 +5,9 @@
     V/bin/pip install threadpoolctl device-smi pypcre tokenicer logbar torchao defuser pillow   # what gptqmodel imports
     cd tests && ../V/bin/python make_foreign.py
 
-Only their modules for packing are imported from AutoGPTQ and AutoAWQ, which no longer import whole. Weights are rounded to
-nearest, packed by the library, and beside each model.safetensors lie the logits of transformers' model on `TOKENS`, in
-fp32, with the weights that the library itself makes of what it packed.
+Only their modules for packing are imported from AutoGPTQ and AutoAWQ, which no longer import whole. Weights are rounded
+to nearest, packed by the library, and beside each model.safetensors lie the logits of transformers' model on `TOKENS`,
+in fp32, with the weights that the library itself makes of what it packed.
 """
 
 import copy

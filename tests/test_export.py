@@ -97,9 +97,9 @@ def test_tensors_are_those_that_a_library_wrote_of_the_same_codes(name, version,
 
 TRANSFORMERS = """
 import sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(
-    sys.argv[1], dtype=torch.float32, quantization_config=transformers.GPTQConfig(bits=int(sys.argv[2]), backend="torch")
-)
+config = transformers.GPTQConfig(bits=int(sys.argv[2]), backend="torch")
+load = transformers.AutoModelForCausalLM.from_pretrained
+model = load(sys.argv[1], dtype=torch.float32, quantization_config=config)
 torch.save(model(torch.tensor([eval(sys.argv[3])])).logits[0].detach(), sys.argv[4])
 """
 
