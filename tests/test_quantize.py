@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -680,6 +681,35 @@ def test_a_full_disk_keeps_the_layers_before_and_the_same_command_goes_on(place,
     assert not Path("out").exists() and not [path for path in Path().rglob("*") if "part" in path.name]
     assert f"goes on after layer {1 if place is resume else 2} of 2" in run(*calibrated(sources))[1]
     assert open_checkpoint("out").recipe.method == "gptq" and not Path(".out.work").exists()
+
+
+KILLED = """
+import os, signal, sys
+import checkpoint, cli, quantize
+
+def save_file(tensors, path, **options):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_file = save_file
+cli.run(quantize.main, sys.argv[1:])
+"""
+
+
+def test_a_kill_while_the_output_is_written_leaves_none_and_the_same_command_goes_on_and_sweeps(sources, run):
+    command = [*map(str, calibrated(sources)), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, env=environment, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = Path().glob(".out.*.part")
+    assert (left / "model.safetensors").read_bytes() == b"half" and not Path("out").exists()
+    kept = [f".out.{os.getppid()}.part", ".out.my.part"]  # of a process that runs, and of nobody
+    for name in kept:
+        Path(name).mkdir()
+    assert "goes on after layer 2 of 2" in run(*calibrated(sources))[1]
+    run(*calibrated(sources, "gptq", "whole"))
+    assert same(load("out"), load("whole"))
+    assert sorted(path.name for path in Path().glob(".*")) == sorted(kept)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
