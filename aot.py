@@ -5,8 +5,9 @@ torch.compile's guards and unpacking the module takes longer than a small model'
 library that takes nothing but tensors, so one serves every layer of a kind, a call costs microseconds, and the next
 start loads it from disk without compiling or even tracing.
 
-It is for one row and one token. Longer inputs and larger batches, where the matrices dominate, run as they are. Where
-such a library cannot be loaded, torch.compile does its work.
+It is for one token: of one row over a static cache, or of any number of sequences over a paged one. Longer inputs,
+where the matrices dominate, run as they are, and so do quantized matrices times several rows. Where such a library
+cannot be loaded, torch.compile does its work.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 import cache
 import model
+import paged
 from hardware import device_name
 from kernels import codes, int8
 from quant import linears
@@ -39,19 +41,30 @@ def compile_for_cpu(transformer: model.Transformer, directory: Path) -> None:
     if isinstance(transformer.logits, _Head):
         return  # it does already
     linears.settle_model(transformer)  # the libraries are handed the tensors as they are now
-    libraries: dict[tuple, Callable[[torch.dtype], _Library]] = {}
+    libraries: dict[tuple, Callable[..., _Library]] = {}
     for layer in transformer.layers:
-        kind = ("layer", layer.attention.use_rope, repr(transformer.config), repr(layer))
+        kind = ("layer", layer.attention.use_rope, layer.attention.sliding, repr(transformer.config), repr(layer))
         if kind not in libraries:
-            libraries[kind] = _libraries(kind, _LayerFunction(layer), directory)
+            libraries[kind] = _libraries(kind, layer, transformer.config.sliding_window, directory)
         layer.forward = _Layer(layer, libraries[kind])
     kind = ("head", repr(transformer.config), repr(transformer.head))
     transformer.logits = _Head(transformer, _Library(kind, _HeadFunction(transformer), directory))
 
 
-def _libraries(kind: tuple, function: "_LayerFunction", directory: Path) -> Callable[[torch.dtype], "_Library"]:
-    """A library of `function` for each type that a cache is stored in."""
-    return functools.cache(lambda kv_dtype: _Library((*kind, kv_dtype), function, directory))
+def _libraries(
+    kind: tuple, layer: model.Block, window: int | None, directory: Path
+) -> Callable[[torch.dtype, int | None, bool], "_Library"]:
+    """A library of `layer` for each type and size of blocks that a cache may have, and for one or several rows."""
+    layer = copy.copy(layer)  # `_Layer` will take the place of its forward
+
+    @functools.cache
+    def library(kv_dtype: torch.dtype, block_size: int | None, several: bool) -> _Library:
+        function = _LayerFunction(layer)
+        if block_size is not None:
+            function = _PagedLayerFunction(layer, window if layer.attention.sliding else None, several=several)
+        return _Library((*kind, kv_dtype, block_size, several), function, directory)
+
+    return library
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -62,21 +75,35 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 class _Layer:
     """Takes the place of a block's `forward`."""
 
-    def __init__(self, layer: model.Block, libraries: Callable[[torch.dtype], "_Library"]) -> None:
+    def __init__(self, layer: model.Block, libraries: Callable[[torch.dtype, int | None, bool], "_Library"]) -> None:
         self.eager, self.sliding, self.libraries = layer.forward, layer.attention.sliding, libraries
         self.weights = list(_tensors(layer).values())
+        self.quantized = any(isinstance(module, linears.QuantizedLinear) for module in layer.modules())
 
     @functools.cached_property
     def compiled(self) -> Callable[..., Tensor]:
         return _torch_compile(self.eager)
 
-    def __call__(self, x: Tensor, step: model.Step, kv: cache.StaticLayer) -> Tensor:
+    def __call__(self, x: Tensor, step: model.Step, kv: cache.LayerCache) -> Tensor:
         mask = step.window_mask if self.sliding else step.mask
-        if x.shape[:2] != (1, 1) or mask is None or mask.shape[-1] == 1:  # a dynamic size starts at 2
+        if isinstance(kv, paged.PagedLayer):
+            seen, stored, block_size = self._decodes(x, mask, kv), kv.pool.tensors, kv.k.shape[1]
+        else:
+            seen = None if x.shape[:2] != (1, 1) or mask is None or mask.shape[-1] == 1 else [mask]
+            stored, block_size = kv.tensors, None
+        if seen is None:
             return self.eager(x, step, kv)
-        library = self.libraries(kv.k.dtype)
-        y = library([x, step.cos, step.sin, step.input_pos, mask, *kv.tensors, *self.weights])
+        library = self.libraries(kv.k.dtype, block_size, x.shape[1] > 1)
+        y = library([x, step.cos, step.sin, step.input_pos, *seen, *stored, *self.weights])
         return self.compiled(x, step, kv) if y is None else y
+
+    def _decodes(self, x: Tensor, parts: Sequence[paged.Part], kv: paged.PagedLayer) -> list[Tensor] | None:
+        """What a library has to know of the blocks where all x [1, T, C] are single tokens; None where they are not."""
+        blocks, rows = parts[0].blocks, x.shape[1]
+        # A dynamic size starts at 2.
+        if len(blocks) != rows or blocks.shape[1] == 1 or (self.quantized and rows > 1):
+            return None
+        return [blocks, *kv.view.places]
 
 
 class _Head:
@@ -98,25 +125,52 @@ class _Head:
 
 
 class _LayerFunction(nn.Module):
-    """A block as a function of tensors alone."""
+    """A block over a static cache as a function of tensors alone."""
 
     def __init__(self, layer: model.Block) -> None:
         super().__init__()
-        # A copy because `_Layer` will take the place of the layer's own forward; in a list because the weights of a
-        # submodule would be constants of the library.
-        self.block = [copy.copy(layer)]
+        self.block = [layer]  # in a list because the weights of a submodule would be constants of the library
+        self.names = list(_tensors(layer))
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        x, cos, sin, input_pos, mask, *rest = inputs
+        x, cos, sin, input_pos, *rest = inputs
         (block,) = self.block
-        names = list(_tensors(block))
-        stored, weights = rest[: -len(names)], rest[-len(names) :]
-        step, kv = model.Step(cos, sin, input_pos, mask, mask), cache.layer_of(stored, x.dtype)
-        return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), (x, step, kv))
+        cached, weights = rest[: -len(self.names)], rest[-len(self.names) :]
+        mask, kv = self.cache_of(cached, x, input_pos)
+        step = model.Step(cos, sin, input_pos, mask, mask)
+        return torch.func.functional_call(block, dict(zip(self.names, weights, strict=True)), (x, step, kv))
+
+    def cache_of(self, tensors: Sequence[Tensor], x: Tensor, input_pos: Tensor) -> tuple:
+        """What attention takes for a mask, and the cache."""
+        mask, *stored = tensors
+        return mask, cache.layer_of(stored, x.dtype)
 
     def dynamic_shapes(self, count: int) -> list:
-        S, weights = torch.export.Dim("S", min=2, max=1 << 24), len(_tensors(self.block[0]))
+        S, weights = torch.export.Dim("S", min=2, max=1 << 24), len(self.names)
         return [None, None, None, None, {3: S}, *[{1: S}] * (count - 5 - weights), *[None] * weights]
+
+
+class _PagedLayerFunction(_LayerFunction):
+    """The same over blocks, for a token of one or of several sequences."""
+
+    def __init__(self, layer: model.Block, window: int | None, *, several: bool) -> None:
+        super().__init__(layer)
+        self.window, self.several = window, several
+
+    def cache_of(self, tensors: Sequence[Tensor], x: Tensor, input_pos: Tensor) -> tuple:
+        blocks, block, slot, *stored = tensors
+        view = paged.PagedView([cache.layer_of(stored, x.dtype)], batch=None)
+        view.places = block, slot
+        length = blocks.shape[1] * stored[0].shape[1]
+        mask = cache.masks_of(input_pos.view(-1, 1), length, self.window)[1]
+        return [paged.Part(slice(None), blocks, length, mask)], view.layers[0]
+
+    def dynamic_shapes(self, count: int) -> list:
+        Dim, weights = torch.export.Dim, len(self.names)
+        N, n_blocks = (Dim(name, min=2, max=1 << 24) for name in ("N", "n_blocks"))
+        B = Dim("B", min=2, max=1 << 16) if self.several else Dim.STATIC
+        stored = [{0: n_blocks}] * (count - 7 - weights)
+        return [*[{1: B}] * 4, {0: B, 1: N}, {0: B}, {0: B}, *stored, *[None] * weights]
 
 
 class _HeadFunction(nn.Module):
@@ -174,7 +228,7 @@ class _Library:
 
     def _key(self, inputs: list[Tensor]) -> str:
         """Everything that the compiled code depends on: a stale library would compute another model."""
-        modules = (model, cache, codes, linears, int8, sys.modules[__name__])
+        modules = (model, cache, paged, codes, linears, int8, sys.modules[__name__])
         sources = [inspect.getsource(module) for module in modules]
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))

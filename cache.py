@@ -5,18 +5,29 @@ first slots: attention reads exactly the view it is handed, so its cost follows 
 allocated one. Slots past a row's own position are masked, so what a padded prompt, a rejected draft or an aborted
 answer left there is never read before it is overwritten. The cache does not know tokens, lengths or requests: who
 holds those decides what to keep.
+
+Here is the cache that has a row for each row of a batch; `paged.py` has the one whose rows are made of blocks.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import hardware
 from kernels.codes import decode, encode
 
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what a cache can be stored in beside the model's dtype
+
+
+def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
+    """ValueError where a cache cannot be stored so on this device."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise ValueError(f"a cache cannot be stored in {kv_dtype}; there are {', '.join(KV_DTYPES)}")
+    if kv_dtype == "fp8" and not hardware.has_fp8(device):
+        raise ValueError(f"{hardware.device_name(device)} has no fp8 numbers; take --kv-dtype int8")
 
 
 class LayerCache(Protocol):
@@ -38,6 +49,14 @@ class KVCache(Protocol):
         """The masks for full and for sliding-window layers, as `LayerCache.attend` takes them."""
 
 
+def masks_of(input_pos: Tensor, length: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """Which of `length` slots tokens at input_pos [B, T] see, bool [B, 1, T, S]: `window` ones up to their own."""
+    slot = torch.arange(length, device=input_pos.device)
+    pos = input_pos[:, None, :, None]  # [B, 1, T, 1]
+    mask = slot <= pos
+    return mask, mask if window is None else mask & (slot > pos - window)
+
+
 class StaticLayer:
     """Keys and values [B, S, K, D] of one layer."""
 
@@ -56,9 +75,12 @@ class StaticLayer:
         return StaticLayer(self.k[:rows, :length], self.v[:rows, :length])
 
     def write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
-        self.k[rows, input_pos] = k.to(self.k.dtype)
-        self.v[rows, input_pos] = v.to(self.v.dtype)
+        self.put(torch.arange(k.shape[0], device=k.device)[:, None], input_pos, k, v)
+
+    def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v [..., K, D] in these slots of these rows, int64 [...]."""
+        self.k[rows, slots] = k.to(self.k.dtype)
+        self.v[rows, slots] = v.to(self.v.dtype)
 
     def attend(self, q: Tensor, mask: Tensor | None) -> Tensor:
         B, T, H, D = q.shape
@@ -111,10 +133,9 @@ class QuantizedLayer(StaticLayer):
     def narrow(self, length: int, rows: int | None) -> "QuantizedLayer":
         return QuantizedLayer(*(x[:rows, :length] for x in self.tensors), self.dtype)
 
-    def write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
-        self.k[rows, input_pos], self.k_scale[rows, input_pos] = encode(k, self.k.dtype)
-        self.v[rows, input_pos], self.v_scale[rows, input_pos] = encode(v, self.v.dtype)
+    def put(self, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        self.k[rows, slots], self.k_scale[rows, slots] = encode(k, self.k.dtype)
+        self.v[rows, slots], self.v_scale[rows, slots] = encode(v, self.v.dtype)
 
     def _read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return decode(self.k, self.k_scale, dtype), decode(self.v, self.v_scale, dtype)
@@ -123,6 +144,31 @@ class QuantizedLayer(StaticLayer):
 def layer_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> StaticLayer:
     """The layer that stores `tensors` and is read as `dtype`."""
     return StaticLayer(*tensors) if len(tensors) == 2 else QuantizedLayer(*tensors, dtype)
+
+
+def layers_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[StaticLayer]:
+    """The layers that tensors [n_layers, ...] store."""
+    return [layer_of(layer, dtype) for layer in zip(*tensors, strict=True)]
+
+
+def new_storage(
+    *,
+    n_layers: int,
+    batch: int,
+    max_seq_len: int,
+    n_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kv_dtype: str | None = None,
+) -> list[Tensor]:
+    """Memory for the keys and values of every layer, in the model's `dtype` or in one of `KV_DTYPES`."""
+    shape = 2, n_layers, batch, max_seq_len, n_kv_heads, head_dim
+    # Zeros, not empty: a masked slot still meets the softmax's zero weight, and 0 * NaN is NaN.
+    tensors = [*torch.zeros(shape, dtype=dtype if kv_dtype is None else KV_DTYPES[kv_dtype], device=device)]
+    if kv_dtype is not None:
+        tensors += torch.zeros(shape[:-1], device=device)  # the scales
+    return tensors
 
 
 class StaticCache:
@@ -137,25 +183,9 @@ class StaticCache:
         self.tail = tail
 
     @classmethod
-    def allocate(
-        cls,
-        *,
-        n_layers: int,
-        batch: int,
-        max_seq_len: int,
-        n_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        kv_dtype: str | None = None,
-    ) -> "StaticCache":
-        """A cache for a model in `dtype`, stored in that or in one of `KV_DTYPES`."""
-        shape = 2, n_layers, batch, max_seq_len, n_kv_heads, head_dim
-        # Zeros, not empty: a masked slot still meets the softmax's zero weight, and 0 * NaN is NaN.
-        tensors = [*torch.zeros(shape, dtype=dtype if kv_dtype is None else KV_DTYPES[kv_dtype], device=device)]
-        if kv_dtype is not None:
-            tensors += torch.zeros(shape[:-1], device=device)  # the scales
-        return cls([layer_of([x[i] for x in tensors], dtype) for i in range(n_layers)])
+    def allocate(cls, *, dtype: torch.dtype, **storage: Any) -> "StaticCache":
+        """A cache for a model in `dtype`; `new_storage` says what else it takes."""
+        return cls(layers_of(new_storage(dtype=dtype, **storage), dtype))
 
     @property
     def max_seq_len(self) -> int:
@@ -176,8 +206,5 @@ class StaticCache:
         causal = self.tail and (T == S or flash)  # no mask needed
         if causal and (window is None or window >= S):
             return None, None
-        slot = torch.arange(S, device=input_pos.device)
-        pos = input_pos[:, None, :, None]  # [B, 1, T, 1]
-        mask = slot <= pos  # [B, 1, T, S]
-        window_mask = mask if window is None else mask & (slot > pos - window)
+        mask, window_mask = masks_of(input_pos, S, window)
         return (None if causal else mask), window_mask

@@ -8,13 +8,12 @@ The host looks at tokens some steps late and drops what was decoded past an end.
 line: prompts in, text, samples and figures out.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
-import os
 import random
 import re
 import sys
@@ -23,24 +22,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-import aot
 import chat
 import checkpoint
 import cli
 import hardware
-from cache import KV_DTYPES, StaticCache
+from answer import GrowingText
+from cache import KV_DTYPES, StaticCache, check_kv_dtype
+from compiling import compile_model
 from model import Transformer
 from quant.linears import RECIPES, QuantizedLinear, settle_model
 from sampling import SamplingBatch, SamplingParams, sample
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from kernels.decoder import Decoder
 
 
 @dataclass(kw_only=True, eq=False)
@@ -98,7 +94,9 @@ class Generator:
         self.input_pos = torch.zeros_like(self.tokens[0])
         if self.device.type == "cpu":
             settle_model(model)  # not in the first answer, which may be interrupted
-        self.decoder = compile_model(model, self.cache) if compile else model
+        self.decoder = (
+            compile_model(model, max_seq_len=self.cache.max_seq_len, batch_size=batch_size) if compile else model
+        )
         self.fused = self.decoder is not model  # kernels, which also end a greedy step and choose the buckets
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -129,7 +127,7 @@ class Generator:
         longest = max(len(r.prompt) for r in requests)
         last_step = max(min(r.max_new_tokens, self.max_seq_len - len(r.prompt)) for r in requests) - 1
         self.prefill([r.prompt for r in requests], start, sampling)
-        pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        pending: deque[hardware.Arrival] = deque()
         lookahead = self.lookahead if self.device.type == "cuda" else 0
         step = 0
         try:
@@ -139,11 +137,9 @@ class Generator:
                     steps = self.burst if last_step - step >= self.burst else 1
                     step += steps
                     self.decode(min(longest + step, self.max_seq_len), sampling, steps)
-                    pending.append(self._send(B, steps))
-                tokens, sent = pending.popleft()
-                if sent is not None:
-                    sent.synchronize()
-                for newest in tokens.tolist():
+                    pending.append(hardware.Arrival(self.tokens[-steps:, :B, 0]))
+                (tokens,) = pending.popleft().wait()
+                for newest in tokens.tolist():  # [steps, B]
                     yield from self._accept(requests, newest)
         finally:
             if B == 1:  # also when the caller stops early: what is known to be written stays usable
@@ -258,16 +254,6 @@ class Generator:
         kept.copy_(new)
         return kept
 
-    def _send(self, rows: int, steps: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Start copying the latest steps' tokens [steps, rows] to the host, to be read once the event has passed."""
-        tokens = self.tokens[-steps:, :rows, 0]
-        if self.device.type != "cuda":
-            return tokens.cpu(), None
-        host = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True).copy_(tokens, non_blocking=True)
-        sent = torch.cuda.Event()
-        sent.record()
-        return host, sent
-
     def _accept(self, requests: Sequence[Request], tokens: Sequence[int]) -> Iterator[Request]:
         for request, token in zip(requests, tokens, strict=True):
             if request.finish_reason is not None:
@@ -296,71 +282,22 @@ def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> No
         )
 
 
-def check_kv_dtype(kv_dtype: str | None, device: torch.device) -> None:
-    """ValueError where a cache cannot be stored so on this device."""
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-        raise ValueError(f"a cache cannot be stored in {kv_dtype}; there are {', '.join(KV_DTYPES)}")
-    if kv_dtype == "fp8" and not hardware.has_fp8(device):
-        raise ValueError(f"{hardware.device_name(device)} has no fp8 numbers; take --kv-dtype int8")
-
-
-def compile_model(model: Transformer, cache: StaticCache) -> "Transformer | Decoder":
-    """What runs the model fast over caches like `cache`: our kernels where there is Triton, else the model, compiled.
-
-    Compiled by regions: one layer's code serves all, so compiling takes seconds, whatever the depth.
-    """
-    # Beside the models, where a reboot does not empty them.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(checkpoint.cache_dir() / "triton"))
-    device = model.embed.weight.device
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        from kernels.decoder import Decoder
-
-        return Decoder(model, max_seq_len=cache.max_seq_len, batch_size=len(cache.layers[0].k))
-    if device.type == "cpu":
-        aot.compile_for_cpu(model, checkpoint.cache_dir() / "aot")
-    elif "begin" not in vars(model):  # else it is already
-        # All layers run the same code: each of its uses (a prompt, a token, one row, several) in each kind of layer
-        # counts.
-        torch._dynamo.config.recompile_limit = 64
-        for layer in model.layers:
-            layer.compile(fullgraph=True, dynamic=True)
-        model.begin = torch.compile(model.begin, fullgraph=True, dynamic=True)
-        model.logits = torch.compile(model.logits, fullgraph=True, dynamic=True)
-    return model
-
-
-class Answer:
-    """The text of a request as it grows. A stop string ends the request and is not part of the text.
-
-    Where the answer `continues` its prompt, it keeps the space that it may begin with.
-    """
+class Answer(GrowingText):
+    """The text of a request as it grows. A stop string ends the request."""
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = (), *, continues: bool = False
     ) -> None:
-        self.request, self.stop = request, stop
-        self.text = ""
-        self._stream = tokenizer.stream(continues=continues)
+        super().__init__(tokenizer, stop, continues=continues)
+        self.request = request
         self._tokens = 0  # how many of the request's tokens are in the text
-        self._shown = 0  # how many characters `update` has returned
 
     def update(self) -> str:
-        """The text that became certain since the last call: no half character, nothing that may begin a stop string."""
-        for token in self.request.token_ids[self._tokens :]:
-            self.text += self._stream.push(token)
+        """The text that became certain since the last call."""
+        new = self.push(self.request.token_ids[self._tokens :], last=self.request.finish_reason is not None)
         self._tokens = len(self.request.token_ids)
-        if self.request.finish_reason is not None:
-            self.text += self._stream.finish()
-        ends = [at for s in self.stop if (at := self.text.find(s, self._shown)) >= 0]
-        if ends:
-            self.text = self.text[: min(ends)]
+        if self.stopped:
             self.request.finish_reason = "stop"
-        held = 0
-        if self.request.finish_reason is None:
-            held = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
-        new = self.text[self._shown : len(self.text) - held]
-        self._shown += len(new)
         return new
 
 
@@ -437,6 +374,10 @@ def weights_of(stats: dict) -> str:
 CHAT_CONTEXT = 16384  # a cache of the whole context of a model made for 128k may not fit beside it
 
 
+SERVING = ("serve", "checkpoint", "compile", "dtype", "quantize", "kv-dtype", "device", "max-seq-len")
+NOT_IN_A_CHAT = ("prompt", "prompt-file", "json", "echo", "profile", "num-samples", "batch-size")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What the command line decides, sampling apart."""
@@ -451,6 +392,7 @@ class Options:
     chat: bool = cli.option(False, "put each prompt into the model's chat template")
     system: str | None = cli.option(None, "system message for --chat and --interactive")
     interactive: bool = cli.option(False, "chat: /reset, /stats, /save FILE, Ctrl-C stops an answer, Ctrl-D leaves")
+    serve: bool = cli.option(False, "serve the OpenAI API over HTTP; --serve --help lists what a server can be told")
     compile: bool = cli.option(False, "compile the model; on CUDA, decode in CUDA graphs")
     max_new_tokens: int = cli.option(256, "length of an answer at most")
     stop: tuple[str, ...] = cli.option((), "end an answer before this text; may be given several times", metavar="TEXT")
@@ -478,11 +420,12 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
-        if self.interactive:
-            for name in ("prompt", "prompt_file", "json", "echo", "profile", "num_samples", "batch_size"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    flag = name.replace("_", "-")
-                    raise ValueError(f"--interactive reads its prompts from you, one at a time; leave out --{flag}")
+        fields = dataclasses.fields(self)
+        given = [field.name.replace("_", "-") for field in fields if getattr(self, field.name) != field.default]
+        if self.serve and (others := [name for name in given if name not in SERVING]):
+            raise ValueError(f"--serve takes everything else from its requests; leave out --{others[0]}")
+        if self.interactive and (others := [name for name in given if name in NOT_IN_A_CHAT]):
+            raise ValueError(f"--interactive reads its prompts from you, one at a time; leave out --{others[0]}")
         if self.prompt is not None and self.prompt_file:
             raise ValueError("give --prompt or --prompt-file, not both")
         if "" in self.stop:
@@ -594,12 +537,56 @@ def _print_head(index: int, prompts: list[str], options: Options) -> None:
         print(prompts[index], end="", flush=True)
 
 
+def serve(options: Options, parsed: argparse.Namespace) -> None:
+    """Load the model and answer requests until a signal ends it."""
+    from serving import server
+
+    engine_options, server_options = server.take_options(parsed)
+    device = hardware.pick_device(options.device)
+    check_kv_dtype(options.kv_dtype, device)
+    checkpoint.cache_dir()  # holds what is compiled: fails now rather than after the work
+    with server.bind(server_options) as bound:  # likewise
+        source = checkpoint.open_checkpoint(options.checkpoint)
+        tokenizer = source.tokenizer  # ValueError where there is none, before the weights are read
+        dtype = hardware.DTYPES[options.dtype]
+        model = checkpoint.load_model(
+            source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress
+        )
+        service = server.make_service(
+            model,
+            tokenizer,
+            name=source.name,
+            eos_ids=source.eos_ids,
+            engine_options=engine_options,
+            options=server_options,
+            max_seq_len=options.max_seq_len,
+            kv_dtype=options.kv_dtype,
+            compile=options.compile,
+        )
+        server.run(service, bound)
+
+
+def add_server_options(parser: cli.Parser) -> None:
+    try:
+        from serving import server
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--serve needs {error.name}, which `pip install -e .[serve]` brings") from None
+    server.add_options(parser)
+
+
 def main(arguments: list[str]) -> None:
     parser = cli.Parser(description="Generate text with a decoder-only language model.")
     cli.add_options(parser, Options)
     cli.add_options(parser, SamplingParams, texts=SAMPLING_HELP)
+    if "--serve" in arguments:
+        add_server_options(parser)
     parsed = parser.parse_args(arguments)
     options = cli.take_options(Options, parsed)
+    if options.serve:
+        params = cli.take_options(SamplingParams, parsed, skip=("seed",))
+        if params != SamplingParams():
+            raise ValueError("--serve takes sampling parameters from its requests; leave them out")
+        return serve(options, parsed)
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     params = dataclasses.replace(cli.take_options(SamplingParams, parsed, skip=("seed",)), seed=seed)
     device, dtype = hardware.pick_device(options.device), hardware.DTYPES[options.dtype]

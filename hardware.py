@@ -5,6 +5,7 @@ very device reaches, measured once by a short probe and kept in the cache direct
 """
 
 import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -69,6 +71,43 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def send(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """Small arrays as tensors on `device`. For CUDA in one copy that nobody waits for."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in arrays]
+    if device.type != "cuda":
+        return [x.to(device) for x in tensors]
+    offsets = [0, *itertools.accumulate(-(-x.nbytes // 16) * 16 for x in tensors)]
+    # torch gives pinned memory away again when copies from it are done, so nobody has to guard it.
+    there = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
+    here = torch.empty(offsets[-1], dtype=torch.uint8, device=device)
+    sent = []
+    for x, begin in zip(tensors, offsets, strict=False):
+        on_host, on_device = (y[begin : begin + x.nbytes].view(x.dtype).view(x.shape) for y in (there, here))
+        on_host.copy_(x)
+        sent.append(on_device)
+    here.copy_(there, non_blocking=True)
+    return sent
+
+
+class Arrival:
+    """Tensors on their way to the host, by copies that nobody waits for before `wait`."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        if not tensors[0].is_cuda:
+            self.tensors = [x.cpu() for x in tensors]
+            return
+        pinned = (torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors)
+        self.tensors = [there.copy_(x, non_blocking=True) for there, x in zip(pinned, tensors, strict=True)]
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensors
 
 
 class Arena:

@@ -49,14 +49,51 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+class History:
+    """The tokens that each of B rows has met, which is what penalties look at."""
+
+    def __init__(self, prompt_seen: Tensor, counts: Tensor) -> None:
+        self.prompt_seen = prompt_seen  # bool [B, V]
+        self.counts = counts  # int32 [B, V], of generated tokens
+
+    @classmethod
+    def allocate(cls, rows: int, *, vocab_size: int, device: torch.device | str) -> "History":
+        return cls(*(torch.zeros(rows, vocab_size, dtype=dtype, device=device) for dtype in (torch.bool, torch.int32)))
+
+    def begin(self, row: int, prompt: Tensor, generated: Tensor) -> None:
+        """Forget a row, and let it have met these tokens, int64 [any] each."""
+        self.prompt_seen[row].fill_(False)[prompt] = True
+        self.counts[row].fill_(0).scatter_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
+
+    def take(self, rows: Tensor) -> "History":
+        """A copy of these rows."""
+        return History(self.prompt_seen[rows], self.counts[rows])
+
+    def count(self, rows: Tensor, tokens: Tensor) -> None:
+        """Each of these rows [R], none of them twice, has generated another token, tokens [R]."""
+        self.counts[rows, tokens] += 1
+
+    def copy_(self, other: "History") -> None:
+        self.prompt_seen.copy_(other.prompt_seen)
+        self.counts.copy_(other.counts)
+
+
 class SamplingBatch:
     """The parameters of B rows as device tensors [B, 1], and what the host knows of them to skip whole filters.
 
     `greedy`: every row takes the argmax. `candidates`: how many of the largest logits top-k and top-p have to look
-    at; 0 when no row uses either. `penalizes`: some row does, so tokens are counted.
+    at; 0 when no row uses either. `floors`: some row uses min-p. `penalizes`: some row does, so there is a `history`:
+    the one given, or a new one.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], *, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        *,
+        vocab_size: int,
+        device: torch.device | str,
+        history: History | None = None,
+    ) -> None:
         def column(values: list, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]  # [B, 1]
 
@@ -73,10 +110,11 @@ class SamplingBatch:
         self.candidates = 0
         if any(p.top_k or p.top_p < 1.0 for p in params):
             self.candidates = min(max(p.top_k or vocab_size for p in params), vocab_size)
+        self.floors = any(p.min_p for p in params)
         self.penalizes = any(p.penalizes for p in params)
-        if self.penalizes:
-            self.prompt_seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-            self.counts = torch.zeros(len(params), vocab_size, dtype=torch.int32, device=device)  # of generated tokens
+        self.history = history
+        if self.penalizes and history is None:
+            self.history = History.allocate(len(params), vocab_size=vocab_size, device=device)
 
     def __len__(self) -> int:
         return self.temperature.shape[0]
@@ -87,34 +125,41 @@ class SamplingBatch:
         return self.greedy and not self.penalizes
 
     @property
-    def kind(self) -> tuple[bool, int, bool]:
+    def kind(self) -> tuple[bool, int, bool, bool]:
         """Batches of one kind run the same operations, so they can share a compiled step or a CUDA graph."""
-        return self.greedy, self.candidates, self.penalizes
+        return self.greedy, self.candidates, self.floors, self.penalizes
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def copy_(self, other: "SamplingBatch") -> None:
         """Take over the values of a batch of the same kind and size, keeping this one's memory."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                value.copy_(getattr(other, name))
+        for name, value in self.columns.items():
+            value.copy_(getattr(other, name))
+        if self.penalizes:
+            self.history.copy_(other.history)
 
     def see_prompt(self, row: int, tokens: Sequence[int]) -> None:
         """Let the repetition penalty know a row's prompt."""
         if self.penalizes:
-            self.prompt_seen[row, torch.tensor(tokens, device=self.prompt_seen.device)] = True
+            prompt = torch.tensor(tokens, device=self.temperature.device)
+            self.history.begin(row, prompt, prompt[:0])
 
     def count(self, tokens: Tensor) -> None:
         """Let the penalties know the tokens [B] just generated."""
         if self.penalizes:
-            self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
+            self.history.count(torch.arange(len(tokens), device=tokens.device), tokens)
 
 
 def penalize(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Repetition penalty over prompt and answer; presence and frequency penalties over the answer."""
     if not batch.penalizes:
         return logits
-    scale = torch.where(batch.prompt_seen | (batch.counts > 0), batch.repetition_penalty, 1.0)
+    seen, counts = batch.history.prompt_seen, batch.history.counts
+    scale = torch.where(seen | (counts > 0), batch.repetition_penalty, 1.0)
     logits = torch.where(logits > 0, logits / scale, logits * scale)
-    return logits - batch.presence_penalty * (batch.counts > 0) - batch.frequency_penalty * batch.counts
+    return logits - batch.presence_penalty * (counts > 0) - batch.frequency_penalty * counts
 
 
 def top_k_top_p(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -134,6 +179,8 @@ def top_k_top_p(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 def min_p(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Logits [B, V] with -inf where a token is less than min_p times as likely as the row's likeliest."""
+    if not batch.floors:
+        return logits
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + batch.min_p.log(), -math.inf)
 
 

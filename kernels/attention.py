@@ -9,6 +9,9 @@ value at its end, and writes both to the cache.
 
 A cache of 8-bit codes has a scale for each head of each token. Codes are what the products take, in which they are
 exact; a key's scale then multiplies its score, and a value's the weight that it gets.
+
+A cache may be paged: a row's slots then lie in blocks that a table names in order. The slots that are taken at a time
+are of one block, so that all that differs is where they begin, and the table is read one step ahead of them.
 """
 
 from typing import NamedTuple
@@ -35,39 +38,53 @@ class Heads(NamedTuple):
     window: int = 0  # a token sees this many latest positions, itself included; 0: all
 
 
-MOST_PROGRAMS = 2048  # in one launch: bounds the scratch memory
+class Pages(NamedTuple):
+    """Where the slots of a paged cache's rows are: slot s of row b in block tables[rows[b], s // block_size]."""
+
+    tables: Tensor  # int32 [any, blocks]
+    rows: Tensor  # int32 [B]
+
+
+MOST_PROGRAMS = 2048  # in one launch, or four for each head: bounds the scratch memory
 
 
 class Scratch:
     """Where splits leave their sums: fp32 [B, K, splits, G, D] and [B, K, splits, G, 2]; counters [B, K]."""
 
     def __init__(self, *, batch: int, heads: Heads, device: torch.device) -> None:
-        G, programs = heads.n_heads // heads.n_kv_heads, max(MOST_PROGRAMS, batch * heads.n_kv_heads)
-        self.sums = torch.empty(programs * G * heads.head_dim, dtype=torch.float32, device=device)
-        self.stats = torch.empty(programs * G * 2, dtype=torch.float32, device=device)
+        G = heads.n_heads // heads.n_kv_heads
+        self.programs = max(MOST_PROGRAMS, 4 * batch * heads.n_kv_heads)
+        self.sums = torch.empty(self.programs * G * heads.head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(self.programs * G * 2, dtype=torch.float32, device=device)
         self.counters = torch.zeros(batch * heads.n_kv_heads, dtype=torch.int32, device=device)
 
 
 def decode_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, heads: Heads,
-    scratch: Scratch, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    scratch: Scratch, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None, pages: Pages | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention [B, H * D] of qkv [B, (H + 2 K) * D] at input_pos [B, 1]; stores k and v in the caches [B, S, K, D].
 
     cos and sin are tables [positions, D/2], fp32. Every row attends to its live slots: those up to its position.
-    Caches of codes come with their scales [B, S, K], fp32.
+    Caches of codes come with their scales [B, S, K], fp32. With `pages` the caches are [blocks, block_size, K, D], and
+    so for their scales; block_size is a power of two, 16 or more. The result goes to `out` if there is one.
     """
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    options = {"k_scale": k_scale, "v_scale": v_scale, "pages": pages, "out": out}
     if not language.on_gpu(qkv):
-        return decode_attention_twin(qkv, cos, sin, input_pos, k_cache, v_cache, heads, **scales)
-    return decode_attention_kernel(qkv, cos, sin, input_pos, k_cache, v_cache, heads, scratch, **scales)
+        return decode_attention_twin(qkv, cos, sin, input_pos, k_cache, v_cache, heads, **options)
+    return decode_attention_kernel(qkv, cos, sin, input_pos, k_cache, v_cache, heads, scratch, **options)
 
 
 def decode_attention_twin(
     qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, heads: Heads,
-    *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    *, k_scale: Tensor | None = None, v_scale: Tensor | None = None, pages: Pages | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`decode_attention` in plain torch."""
+    if pages is not None:
+        paged = k_cache, v_cache, k_scale, v_scale
+        k_cache, v_cache, k_scale, v_scale = (gather(x, pages) for x in paged)
     B, S = k_cache.shape[:2]
     H, K, D = heads.n_heads, heads.n_kv_heads, heads.head_dim
     q = elementwise.rope_write_twin(
@@ -87,6 +104,12 @@ def decode_attention_twin(
         k_scale=k_scale,
         v_scale=v_scale,
     )
+    if pages is not None:
+        row = torch.arange(B, device=qkv.device)
+        block, offset = slots_of(pages, input_pos, paged[0].shape[1])
+        for x, whole in zip(paged, (k_cache, v_cache, k_scale, v_scale), strict=True):
+            if x is not None:
+                x[block[:, 0], offset[:, 0]] = whole[row, input_pos[:, 0]]
     slot = torch.arange(S, device=qkv.device)
     mask = slot <= input_pos
     if heads.window:
@@ -95,22 +118,40 @@ def decode_attention_twin(
         k_cache, v_cache = decode(k_cache, k_scale, qkv.dtype), decode(v_cache, v_scale, qkv.dtype)
     k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # [B, K, S, D]
     y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask[:, None, None])
-    return y.reshape(B, H * D)
+    y = y.reshape(B, H * D)
+    return y if out is None else out.copy_(y)
+
+
+def gather(paged: Tensor | None, pages: Pages) -> Tensor | None:
+    """The slots [B, S, ...] of rows whose blocks are in `paged` [blocks, block_size, ...]."""
+    return None if paged is None else paged[pages.tables[pages.rows].long()].flatten(1, 2)
+
+
+def slots_of(pages: Pages, input_pos: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """The blocks and the places in them of positions input_pos [B, T], int64."""
+    return pages.tables[pages.rows[:, None], input_pos // block_size].long(), input_pos % block_size
 
 
 def decode_attention_kernel(
     qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor, heads: Heads,
-    scratch: Scratch, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    scratch: Scratch, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None, pages: Pages | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`decode_attention` by the kernel."""
     assert k_scale is None or k_scale.stride() == tuple(s // heads.head_dim for s in k_cache.stride()[:3])
     assert input_pos.is_contiguous()  # made so here, a copy would be a launch that this one does not wait for
     B, K, D = len(qkv), heads.n_kv_heads, heads.head_dim
     G = heads.n_heads // K
-    out = qkv.new_empty(B, heads.n_heads * D)
-    slots = k_cache.shape[1]
-    plan = tuning.attention_plan(K, D, slots, qkv)
-    splits = min(max(plan.programs // (B * K), 1), triton.cdiv(slots, plan.BS), max(MOST_PROGRAMS // (B * K), 1))
+    out = qkv.new_empty(B, heads.n_heads * D) if out is None else out
+    page, slots = 0, k_cache.shape[1]
+    row_stride, tables, rows = k_cache.stride(0), None, None
+    if pages is not None:
+        page, (tables, rows) = slots, pages
+        assert k_cache.stride(0) == page * k_cache.stride(1) and page & (page - 1) == 0
+        assert tables.stride(1) == 1 and rows.is_contiguous()
+        row_stride, slots = tables.stride(0), page * tables.shape[1]
+    plan = tuning.attention_plan(K, D, slots, qkv, page)
+    splits = min(max(plan.programs // (B * K), 1), triton.cdiv(slots, plan.BS), max(scratch.programs // (B * K), 1))
     _attention_kernel[(splits, K, B)](
         qkv,
         cos,
@@ -122,26 +163,30 @@ def decode_attention_kernel(
         v_cache,
         k_scale,
         v_scale,
+        tables,
+        rows,
         out,
         scratch.sums,
         scratch.stats,
         scratch.counters,
         heads.eps,
         D**-0.5 * 1.4426950408889634,  # scores in units of log 2, for exp2
-        *k_cache.stride()[:3],
+        row_stride,
+        *k_cache.stride()[1:3],
         K=K,
         G=G,
         D=D,
         NORM=heads.q_norm is not None,
         ROPE=heads.use_rope,
         WINDOW=heads.window,
-        SPLITS=splits,
+        SPLITS=0 if page else splits,
         SHORTEST=plan.shortest,
         BS=plan.BS,
         BG=triton.next_power_of_2(G),
         BD=max(8 * plan.num_warps, 32, triton.next_power_of_2(D)),
         S=plan.num_warps,
-        LOOP=slots > splits * plan.BS or plan.shortest > plan.BS,
+        LOOP=bool(page) or slots > splits * plan.BS or plan.shortest > plan.BS,
+        PAGE=page,
         PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
         **launch_options(qkv),
@@ -252,11 +297,42 @@ def _scales(scale, start, end, stride_s, BS: tl.constexpr):
 
 
 @jit
-def _attend(q, k, v, k_scale, v_scale, start, end, scale, top, total, acc, BS: tl.constexpr):
-    """One block of online softmax (Milakov & Gimelshein 2018): running maximum, sum [ROWS, 8], weighted values."""
+def _block(k_cache, v_cache, k_scale, v_scale, moved, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr,
+           BD: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """Keys, values and their scales of BS slots from `start` on, zeros from `end` on, in a cache where they are `moved`
+    from the places of their numbers.
+    """
+    at = tl.cast(moved, tl.int64)
+    k = _keys(k_cache + at * stride_s, start, end, stride_s, D, BS, BD, S)
+    v = _values(v_cache + at * stride_s, start, end, stride_s, D, BS, BD, S)
+    # Scales [B, S, K] lie as the codes [B, S, K, D] do.
+    scale_s = stride_s // D
+    if k_scale is not None:
+        k_scale += at * scale_s
+        v_scale += at * scale_s
+    return k, v, _scales(k_scale, start, end, scale_s, BS), _scales(v_scale, start, end, scale_s, BS)
+
+
+@jit
+def _moved(table, slot, pos, PAGE: tl.constexpr):
+    """By how much a slot's place in a paged cache differs from its number; past `pos` there is none."""
+    block = tl.minimum(slot, pos) // PAGE
+    return (tl.load(table + block).to(tl.int64) - block) * PAGE
+
+
+@jit
+def _attend(q, k, v, k_scale, v_scale, start, first, end, scale, top, total, acc, BS: tl.constexpr,
+            CUT: tl.constexpr):  # fmt: skip
+    """One block of online softmax (Milakov & Gimelshein 2018): running maximum, sum [ROWS, 8], weighted values.
+
+    With CUT slots before `first` may be in it, which do not count.
+    """
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * (k_scale * scale)  # [ROWS, BS]
     slot = start + tl.arange(0, BS)
-    scores = tl.where((slot < end)[None, :], scores, float("-inf"))
+    live = slot < end
+    if CUT:
+        live &= slot >= first
+    scores = tl.where(live[None, :], scores, float("-inf"))
     highest = tl.maximum(top, tl.max(scores, 1))
     p = tl.exp2(scores - highest[:, None])
     fade = tl.exp2(top - highest)[:, None]
@@ -268,25 +344,35 @@ def _attend(q, k, v, k_scale, v_scale, start, end, scale, top, total, acc, BS: t
 
 
 @jit
-def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache, k_scale, v_scale, out, sums, stats,
-                      counters, eps, scale, stride_b, stride_s, stride_k, K: tl.constexpr, G: tl.constexpr,
-                      D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
+def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache, k_scale, v_scale, tables, rows, out,
+                      sums, stats, counters, eps, scale, stride_b, stride_s, stride_k, K: tl.constexpr,
+                      G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
                       SPLITS: tl.constexpr, SHORTEST: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
-                      BD: tl.constexpr, S: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      BD: tl.constexpr, S: tl.constexpr, LOOP: tl.constexpr, PAGE: tl.constexpr,
+                      PDL: tl.constexpr):  # fmt: skip
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     """One split of a row's slots for the query heads of one key head, and by the last program their combination.
 
     S is the number of warps, BS how many slots are taken at a time, in a LOOP where a split has more; BG and BD are G
-    and D rounded up. A split has SHORTEST slots at least.
+    and D rounded up. A split has SHORTEST slots at least. In a paged cache blocks have PAGE slots, a multiple of BS,
+    stride_b is that of the tables, and SPLITS is 0, so that batches of all sizes run the same code.
     """
     # Position and older keys and values were there before this step began: they need no wait. The embedding is what
     # keeps it so, being launched only after all of the step before.
     pos = tl.load(input_pos + b).to(tl.int32)
+    cache = b.to(tl.int64) * stride_b + head * stride_k
+    if PAGE:
+        table = tables + tl.load(rows + b).to(tl.int64) * stride_b
+        cache = (head * stride_k).to(tl.int64)
     first = 0
+    origin = 0  # where the first split begins: in a paged cache at slots that are taken together
+    CUT: tl.constexpr = WINDOW > 0 and PAGE > 0
     if WINDOW:
         first = tl.maximum(pos - WINDOW + 1, 0)
-    length = pos - first + 1  # the newest included
-    share = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BS) * BS, SHORTEST)
+        origin = first // BS * BS if PAGE else first
+    length = pos - origin + 1  # the newest included
+    splits = SPLITS if SPLITS > 0 else tl.num_programs(0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(length, splits), BS) * BS, SHORTEST)
     n_splits = tl.cdiv(length, share)
     if split < n_splits:
         dtype: tl.constexpr = qkv.dtype.element_ty
@@ -294,18 +380,21 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         ROWS: tl.constexpr = BG if BG > 16 else 16  # a tensor core's least
         g = tl.arange(0, ROWS)
         d = tl.arange(0, BD)
-        cache = b.to(tl.int64) * stride_b + head * stride_k
-        # Scales [B, S, K] lie as the codes [B, S, K, D] do.
-        scale_s = stride_s // D
+        k_cache += cache
+        v_cache += cache
         if k_scale is not None:
             k_scale += cache // D
             v_scale += cache // D
-        begin = first + split * share
+        begin = origin + split * share
         end = tl.minimum(begin + share, pos)
-        k = _keys(k_cache + cache, begin, end, stride_s, D, BS, BD, S)
-        v = _values(v_cache + cache, begin, end, stride_s, D, BS, BD, S)
-        ks = _scales(k_scale, begin, end, scale_s, BS)
-        vs = _scales(v_scale, begin, end, scale_s, BS)
+        here = 0
+        ahead = 0
+        newest_slot = pos.to(tl.int64)
+        if PAGE:
+            here = _moved(table, begin, pos, PAGE)
+            ahead = _moved(table, begin + BS, pos, PAGE)
+            newest_slot += _moved(table, pos, pos, PAGE)
+        k, v, ks, vs = _block(k_cache, v_cache, k_scale, v_scale, here, begin, end, stride_s, D, BS, BD, S)
         half: tl.constexpr = D // 2
         angle = pos.to(tl.int64) * half + tl.where(d < half, d, d - half)
         c = tl.load(cos + angle, mask=d < D, other=0.0)[None, :]
@@ -324,14 +413,12 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         v_new = tl.load(row + ((G + 1) * K + head) * D + e, mask=e < D, other=0.0)
         v_new, v_new_scale = _encode(v_new, v_scale, stored_dtype)
         last = split == n_splits - 1  # this split's slots end with the newest, which begins its softmax
-        newest_slot = cache + pos.to(tl.int64) * stride_s
         stored = tl.where(last, D, 0)
-        tl.store(
-            k_cache + newest_slot + g[:, None] * 0 + d[None, :], k_new, mask=(g == 0)[:, None] & (d < stored)[None, :]
-        )
-        tl.store(v_cache + newest_slot + e, v_new, mask=e < stored)
+        place = newest_slot * stride_s
+        tl.store(k_cache + place + g[:, None] * 0 + d[None, :], k_new, mask=(g == 0)[:, None] & (d < stored)[None, :])
+        tl.store(v_cache + place + e, v_new, mask=e < stored)
         if k_scale is not None:
-            newest_scale = pos.to(tl.int64) * scale_s + tl.arange(0, 1)
+            newest_scale = newest_slot * (stride_s // D) + tl.arange(0, 1)
             here = tl.arange(0, 1) < stored
             tl.store(
                 k_scale + newest_scale[None, :] + g[:, None] * 0, k_new_scale, mask=(g == 0)[:, None] & here[None, :]
@@ -346,17 +433,18 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         if LOOP:
             for start in range(begin, end, BS):
                 # The next block is on its way while this one is used.
-                k_next = _keys(k_cache + cache, start + BS, end, stride_s, D, BS, BD, S)
-                v_next = _values(v_cache + cache, start + BS, end, stride_s, D, BS, BD, S)
-                ks_next = _scales(k_scale, start + BS, end, scale_s, BS)
-                vs_next = _scales(v_scale, start + BS, end, scale_s, BS)
-                top, total, acc = _attend(q, k, v, ks, vs, start, end, scale, top, total, acc, BS)
+                k_next, v_next, ks_next, vs_next = _block(
+                    k_cache, v_cache, k_scale, v_scale, ahead, start + BS, end, stride_s, D, BS, BD, S
+                )
+                if PAGE:
+                    ahead = _moved(table, start + 2 * BS, pos, PAGE)
+                top, total, acc = _attend(q, k, v, ks, vs, start, first, end, scale, top, total, acc, BS, CUT)
                 k = k_next
                 v = v_next
                 ks = ks_next
                 vs = vs_next
         else:
-            top, total, acc = _attend(q, k, v, ks, vs, begin, end, scale, top, total, acc, BS)
+            top, total, acc = _attend(q, k, v, ks, vs, begin, first, end, scale, top, total, acc, BS, CUT)
         acc += tl.exp2(newest - top)[:, None] * (v_new.to(tl.float32) * v_new_scale)[None, :]
         total = tl.max(total, 1)  # all eight are the same
         ROWS_OUT: tl.constexpr = 8 if BG <= 8 else ROWS
@@ -368,7 +456,7 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
             y = _in_order((acc * (1.0 / total)[:, None]).to(out.dtype.element_ty), ROWS_OUT, BD, S)
             tl.store(out + (b * K + head).to(tl.int64) * (G * D) + g[:, None] * D + d[None, :], y, mask=own)
         else:
-            group = (b * K + head) * SPLITS
+            group = (b * K + head) * splits
             at = sums + (group + split) * (G * D) + g[:, None] * D + d[None, :]
             tl.store(at, _in_order(acc, ROWS_OUT, BD, S), mask=own)
             at = stats + (group + split) * (G * 2) + g * 2
@@ -377,7 +465,7 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
             tl.debug_barrier()  # every thread's stores come before the count
             done = tl.atomic_add(counters + b * K + head, 1, sem="acq_rel")
             if done == n_splits - 1:
-                _combine(out, sums, stats, group, (b * K + head).to(tl.int64), n_splits, G, D, SPLITS, BG, BD)
+                _combine(out, sums, stats, group, (b * K + head).to(tl.int64), n_splits, G, D, BG, BD)
                 tl.store(counters + b * K + head, 0)
 
 
@@ -392,8 +480,8 @@ def _low(x):
 
 
 @jit
-def _combine(out, sums, stats, group, head, n_splits, G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-             BG: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+def _combine(out, sums, stats, group, head, n_splits, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr,
+             BD: tl.constexpr):  # fmt: skip
     """The splits' sums [n_splits, G, D] of one head, weighted by their softmax's parts."""
     STEP: tl.constexpr = 8  # splits in flight at a time
     i = tl.arange(0, STEP)

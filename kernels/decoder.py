@@ -7,7 +7,9 @@ fewer launches. One token a row takes five a layer:
     norm + gate/up + SiLU product | down projection + residual
 
 Longer inputs run the same matrices by cuBLAS and the cache's own attention, with the elementwise work between them
-fused. Nothing is compiled but the kernels, which Triton keeps on disk, and nothing depends on a prompt's length.
+fused. Over a view of a paged cache tokens of many sequences come in one row: those with one token each take the same
+launch as above, and prompts a kernel of their own. Nothing is compiled but the kernels, which Triton keeps on disk, and
+nothing depends on a prompt's length.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from cache import StaticCache, StaticLayer
-from kernels import attention, elementwise, linear, tuning
-from kernels.attention import Heads
-from kernels.weight import Weight
+from kernels import attention, elementwise, linear, paged, tuning
+from kernels.attention import Heads, Pages
+from kernels.weight import Weight, most_rows
 from model import Block, Transformer
+from paged import PagedLayer, PagedView
 
 
 class Decoder:
-    """Runs `model` over up to `batch_size` rows of caches of `max_seq_len` slots."""
+    """Runs `model` over up to `batch_size` rows of caches of `max_seq_len` slots, or as many decoding sequences."""
 
     def __init__(self, model: Transformer, *, max_seq_len: int, batch_size: int) -> None:
         self.model, self.max_seq_len = model, max_seq_len
@@ -37,14 +40,17 @@ class Decoder:
 
     def bucket(self, length: int) -> int:
         """The cache length to show to a step: kernels end where the cache is live, but plan by what they are shown."""
-        return min(tuning.SHORT if length <= tuning.SHORT else self.max_seq_len, self.max_seq_len)
+        return next((slots for slots in tuning.CONTEXTS if length <= slots < self.max_seq_len), self.max_seq_len)
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
+    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: StaticCache | PagedView) -> Tensor:
         """The last layer's output [B, T, C] for tokens [B, T] at positions input_pos [B, T]; writes the cache."""
         B, T = tokens.shape
         input_pos = input_pos.contiguous()  # before the embedding, which everything after it waits for
         x = self.model.embed(tokens).view(B * T, -1)  # [B * T, C]
-        attend = self._attend_one if T == 1 else self._prompt_attention(input_pos, cache)
+        if isinstance(cache, PagedView):
+            attend = self._paged_attention(input_pos, cache)
+        else:
+            attend = self._attend_one if T == 1 else self._prompt_attention(input_pos, cache)
         for layer, kv in zip(self.layers, cache.layers, strict=True):
             qkv = linear.linear(x, layer.qkv, norm=layer.attention_norm, eps=layer.eps)
             x = linear.linear(attend(qkv, input_pos, layer.heads, kv), layer.o, residual=x)
@@ -64,34 +70,45 @@ class Decoder:
         cos, sin = self.cos[input_pos.reshape(-1)], self.sin[input_pos.reshape(-1)]  # [B * T, D/2]
 
         def attend(qkv: Tensor, input_pos: Tensor, heads: Heads, kv: StaticLayer) -> Tensor:
-            q = elementwise.rope_write(
-                qkv,
-                cos,
-                sin,
-                n_heads=heads.n_heads,
-                n_kv_heads=heads.n_kv_heads,
-                head_dim=heads.head_dim,
-                q_norm=heads.q_norm,
-                k_norm=heads.k_norm,
-                eps=heads.eps,
-                use_rope=heads.use_rope,
-                k_cache=kv.k,
-                v_cache=kv.v,
-                input_pos=input_pos,
-                k_scale=kv.k_scale,
-                v_scale=kv.v_scale,
-            )
+            q = _rope_write(qkv, cos, sin, input_pos, heads, kv.k, kv.v, kv.k_scale, kv.v_scale)
             y = kv.attend(q.view(B, T, heads.n_heads, heads.head_dim), window_mask if heads.window else mask)
             return y.reshape(B * T, -1)
 
         return attend
 
+    def _paged_attention(self, input_pos: Tensor, view: PagedView) -> Callable[..., Tensor]:
+        """What takes the place of `_attend_one` for tokens [1, T] of the sequences of a paged cache's view."""
+        batch, T, n = view.batch, input_pos.shape[1], view.batch.decodes
+        decodes, prompts = (Pages(batch.tables, rows) for rows in (batch.rows[:n], batch.rows[n:]))
+        pos = input_pos[0, n:]
+        if n < T:
+            starts, page = batch.starts - n, view.layers[0].k.shape[1]
+            owners = Pages(batch.tables, prompts.rows.repeat_interleave(starts.diff(), output_size=T - n))
+            blocks, offsets = attention.slots_of(owners, pos[:, None], page)
+            slots = (blocks * page + offsets).view(1, T - n)  # counted over all blocks
+            cos, sin = self.cos[pos], self.sin[pos]  # [T - n, D/2]
+
+        def attend(qkv: Tensor, input_pos: Tensor, heads: Heads, kv: PagedLayer) -> Tensor:
+            y = qkv.new_empty(T, heads.n_heads * heads.head_dim)
+            scales = {"k_scale": kv.k_scale, "v_scale": kv.v_scale}
+            if n:
+                rope, at = (self.cos, self.sin), input_pos.view(T, 1)[:n]
+                options = scales | {"pages": decodes, "out": y[:n]}
+                attention.decode_attention(qkv[:n], *rope, at, kv.k, kv.v, heads, self.scratch, **options)
+            if n < T:
+                flat = [None if x is None else x.flatten(0, 1)[None] for x in (kv.k, kv.v, kv.k_scale, kv.v_scale)]
+                q = _rope_write(qkv[n:], cos, sin, slots, heads, *flat)
+                paged.prompt_attention(q, pos, starts, kv.k, kv.v, heads, prompts, **scales, out=y[n:])
+            return y
+
+        return attend
+
     def logits(self, x: Tensor) -> Tensor:
-        """Logits [..., V], fp32, from the last layer's output [..., C]."""
-        norm = self.model.norm
-        y = linear.linear(
-            x.reshape(-1, x.shape[-1]).contiguous(), self.head, norm=norm.weight, eps=norm.eps, out_dtype=torch.float32
-        )
+        """Logits [..., V] from the last layer's output [..., C]; fp32 for few rows, where that costs nothing."""
+        norm, rows = self.model.norm, x.reshape(-1, x.shape[-1]).contiguous()
+        few = len(rows) <= most_rows(self.head.format)
+        dtype = torch.float32 if few else None
+        y = linear.linear(rows, self.head, norm=norm.weight, eps=norm.eps, out_dtype=dtype)
         return y.view(*x.shape[:-1], -1)
 
     def greedy(self, x: Tensor, tokens: Tensor, input_pos: Tensor, last_pos: int) -> None:
@@ -123,6 +140,30 @@ class _Layer:
             use_rope=attend.use_rope,
             window=model.config.sliding_window if attend.sliding else 0,
         )
+
+
+def _rope_write(
+    qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`elementwise.rope_write` with a layer's norms and heads."""
+    return elementwise.rope_write(
+        qkv,
+        cos,
+        sin,
+        n_heads=heads.n_heads,
+        n_kv_heads=heads.n_kv_heads,
+        head_dim=heads.head_dim,
+        q_norm=heads.q_norm,
+        k_norm=heads.k_norm,
+        eps=heads.eps,
+        use_rope=heads.use_rope,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        input_pos=input_pos,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
 
 
 def weight_of(module: nn.Module) -> Weight:

@@ -33,6 +33,7 @@ __all__ = [
     "as_codes",
     "constexpr_function",
     "held",
+    "hopper",
     "jit",
     "launch_options",
     "on_gpu",
@@ -63,6 +64,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def pdl(x: Tensor) -> bool:
     """Whether kernels are launched before the one before them ends (programmatic dependent launch, Hopper and up)."""
     return _capability(x.device) >= (9, 0)
+
+
+def hopper(x: Tensor) -> bool:
+    """Whether tensor cores are Hopper's, which take one side of a product from registers while others run."""
+    return _capability(x.device)[0] == 9
 
 
 def ptx(x: Tensor) -> bool:

@@ -34,6 +34,25 @@ class AttentionPlan(NamedTuple):
     num_warps: int
 
 
+class PromptPlan(NamedTuple):
+    """How attention of prompts is cut."""
+
+    BM: int  # tokens times query heads in a tile
+    BN: int  # cached tokens in a block
+    num_warps: int
+    depth: int  # blocks under way
+
+
+class WidePlan(NamedTuple):
+    """How a product of a packed matrix and many rows is cut."""
+
+    BM: int  # rows of activations in a tile
+    BN: int  # outputs in a tile
+    num_warps: int
+    depth: int  # blocks under way
+    splits: int  # parts that the inputs are cut into
+
+
 TABLE = Path(__file__).with_name("tuned.json")
 
 
@@ -110,33 +129,70 @@ def plan(format: str, M: int, N: int, K: int, mode: str, x: Tensor) -> Plan:
     return _plan(x.device, format, M, N, K, mode, x.element_size())
 
 
-SHORT = 1024  # slots up to which attention runs by its plan for short contexts
+BRIEF, SHORT = CONTEXTS = 256, 1024  # slots up to which attention runs by its plans for brief and for short contexts
 
 
-def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor) -> AttentionPlan:
-    """For a cache view of `slots` and rows x."""
-    kind = attention_kind(n_kv_heads, slots, len(x))
+def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor, page: int = 0) -> AttentionPlan:
+    """For a cache view of `slots` and rows x; the slots of a paged cache lie in blocks of `page`."""
+    kind = paged_kind(n_kv_heads, len(x)) if page else attention_kind(n_kv_heads, slots, len(x))
     known = lookup(x.device, attention_key(n_kv_heads, head_dim, kind))
     if known and x.element_size() == 2:
-        return AttentionPlan(*known)
-    row = head_dim * x.element_size()  # bytes of a key, which lie in registers
-    if kind == "short" and row <= 128:
+        plan = AttentionPlan(*known)
+    else:
+        plan = attention_rule(kind, head_dim * x.element_size())
+    if plan.BS > page > 0:
+        plan = plan._replace(BS=page, num_warps=max(plan.num_warps * page // plan.BS, 1))
+    return plan
+
+
+def attention_rule(kind: str, row: int) -> AttentionPlan:
+    """A plan by arithmetic alone; keys of `row` bytes lie in registers."""
+    if row <= (256 if kind == "brief" else 128 if kind == "short" else 0):
         return AttentionPlan(256, 256, 264, 8)
     if kind == "short" and row <= 256:
         return AttentionPlan(128, 128, 264, 4)
     BS = 64 if row <= 256 else 32
+    if kind == "paged":
+        return AttentionPlan(BS, 256, 1056, 2 if row <= 128 else 4)
+    if kind == "paged wide":
+        return AttentionPlan(BS, 512, 2048, 2 if row <= 128 else 4)
     return AttentionPlan(BS, 256 if kind == "wide" else BS, 264, 4)
 
 
 def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
-    """In a "short" context latency counts, in a "long" one bandwidth. In a short and "wide" one there are programs
-    enough, and it is not worth cutting into splits that have to be combined.
+    """In a "brief" context, which one block holds, and a "short" one latency counts, in a "long" one bandwidth. In a
+    short and "wide" one there are programs enough, and it is not worth cutting into splits that have to be combined.
     """
     if slots > SHORT:
         return "long"
-    return "wide" if rows * n_kv_heads >= 64 else "short"
+    if rows * n_kv_heads >= 64:
+        return "wide"
+    return "brief" if slots <= BRIEF else "short"
+
+
+def paged_kind(n_kv_heads: int, rows: int) -> str:
+    """Rows of a paged cache differ in length: where they are many they are cut so that a long one does not end last."""
+    return "paged wide" if rows * n_kv_heads >= 512 else "paged"
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
-    """The table's key for attention over that many key/value heads; kind is "short", "wide" or "long"."""
+    """The table's key for attention over that many key/value heads, of one of the kinds above."""
     return f"attention {n_kv_heads}x{head_dim} {kind}"
+
+
+def prompt_plan(head_dim: int, page: int, x: Tensor) -> PromptPlan:
+    """For prompts over a paged cache with blocks of `page` slots."""
+    if x.element_size() == 4:
+        return PromptPlan(32, min(32, page), 4, 2)
+    return PromptPlan(64, min(64, page), 4, 3)
+
+
+def wide_plan(format: str, M: int, N: int, K: int) -> WidePlan:
+    """For a packed matrix and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
+    BM = 128 if M <= 128 else 256
+    if format == "int4" or M <= 128:
+        BN, num_warps, depth, programs = 128, 8, 3 if format == "int4" else 4, 132
+    else:
+        BN, num_warps, depth, programs = 64, 4, 3, 264  # two of them beside each other
+    tiles = triton.cdiv(N, BN) * triton.cdiv(M, BM)
+    return WidePlan(BM, BN, num_warps, depth, max(1, min(programs // tiles, K // 512)))

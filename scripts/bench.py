@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import checkpoint
 import cli
 import hardware
-from cache import KV_DTYPES
-from generate import SAMPLING_HELP, Generator, Meter, Request, check_kv_dtype, weights_of
+from cache import KV_DTYPES, check_kv_dtype
+from generate import SAMPLING_HELP, Generator, Meter, Request, weights_of
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import checkpoint
 import cli
 import hardware
-from cache import KV_DTYPES
+from cache import KV_DTYPES, check_kv_dtype
 from checkpoint import Checkpoint
-from generate import Generator, check_kv_dtype, show_progress
+from generate import Generator, show_progress
 from model import Linear, Transformer
 from quant.linears import RECIPES, QuantizedLinear
 from sampling import SamplingParams

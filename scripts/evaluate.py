@@ -20,8 +20,8 @@ from typing import Any
 import checkpoint
 import cli
 import hardware
-from cache import KV_DTYPES
-from generate import Answer, Generator, Request, check_kv_dtype, show_progress, weights_of
+from cache import KV_DTYPES, check_kv_dtype
+from generate import Answer, Generator, Request, show_progress, weights_of
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams

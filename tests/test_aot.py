@@ -13,6 +13,10 @@ from generate import Generator, Request
 from hf_config import hf_config
 from model import Transformer
 from quant.linears import Int4Linear, Recipe, Storage
+from sampling import SamplingParams
+from serving.engine import Engine, EngineOptions
+from serving.request import Request as Asked
+from serving.runner import Runner
 from tests.conftest import TINY, tiny_model
 
 
@@ -43,6 +47,31 @@ def test_a_library_serves_all_layers_and_the_next_start(folder: Path, monkeypatc
     assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["head", "layer"]
     monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: pytest.fail("compiled again"))
     assert tokens(compiled(folder)) == tokens(tiny_model())
+
+
+def test_over_blocks_there_is_a_library_for_one_row_and_one_for_several(folder: Path, monkeypatch) -> None:
+    def served(model: Transformer) -> list[dict]:
+        runner = Runner(model, n_blocks=60, block_size=4, max_running=5, max_step_tokens=40)
+        for size in (1, 2):
+            runner.prepare(size)
+        found = []
+        for count in (1, 2, 5):
+            prompts = [[3 + i, 1, 4, 1, 5, 9, 2][: 3 + i] for i in range(count)]
+            requests = [
+                Asked(id=str(i), prompt=p, params=SamplingParams(), max_new_tokens=12) for i, p in enumerate(prompts)
+            ]
+            outputs = Engine(runner, options=EngineOptions()).run(requests)
+            found.append(sorted((o.request_id, token) for o in outputs for token in o.token_ids))
+        return found
+
+    expected, before = served(tiny_model()), set(folder.iterdir())
+    model = compiled(folder)
+    assert served(model) == expected
+    assert [path.name.split("-")[0] for path in set(folder.iterdir()) - before] == ["layer", "layer"]
+    monkeypatch.setattr(model.layers[0].forward, "eager", lambda *args: pytest.fail("ran as it is"))
+    runner = Runner(model, n_blocks=60, block_size=4, max_running=5, max_step_tokens=40)
+    for size in (1, 2, 3, 5):
+        runner.prepare(size)
 
 
 def test_a_damaged_library_is_made_anew(folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sampling import (
+    History,
     SamplingBatch,
     SamplingParams,
     argmax_in_chunks,
@@ -155,7 +156,7 @@ def test_penalties_count_prompt_and_answer_as_each_says():
     expected = [slow_penalized(*row) for row in zip(logits, params, prompts, answers, strict=True)]
     torch.testing.assert_close(penalize(logits, batch), torch.tensor(expected))
     assert torch.equal(penalize(logits, batch)[4], logits[4])
-    assert batch.counts[0, 8] == 3 and batch.counts.sum() == 20
+    assert batch.history.counts[0, 8] == 3 and batch.history.counts.sum() == 20
 
 
 def test_penalties_come_before_greedy_and_before_temperature():
@@ -354,10 +355,11 @@ def test_kinds_tell_apart_what_runs_different_operations():
         SamplingParams(temperature=1.0, top_k=5),
         SamplingParams(temperature=1.0, top_k=6),
         SamplingParams(temperature=1.0, top_p=0.9),
+        SamplingParams(temperature=1.0, min_p=0.1),
         SamplingParams(presence_penalty=1.0),
     ]
     assert len({batch_of(row).kind for row in rows}) == len(rows)
-    assert batch_of(rows[1]).kind == batch_of(replace(rows[1], temperature=2.0, seed=8, min_p=0.1)).kind
+    assert batch_of(rows[1]).kind == batch_of(replace(rows[1], temperature=2.0, seed=8)).kind
 
 
 def test_compiled_draws_equal_eager_ones():
@@ -383,3 +385,15 @@ def test_the_argmax_in_chunks_is_the_first_of_the_largest(V: int) -> None:
     x[1, 3:] = x[1].max() + 1  # a tie, over chunks as well
     x[2, : V - 1] = -torch.inf
     assert argmax_in_chunks(x).tolist() == [x[0].argmax().item(), 3, V - 1]
+
+
+def test_a_row_of_a_history_begins_anew_and_rows_are_taken():
+    history = History.allocate(3, vocab_size=V, device="cpu")
+    history.begin(1, torch.tensor([9, 9]), torch.tensor([4]))
+    history.begin(1, torch.tensor([3, 5]), torch.tensor([6, 7, 6]))
+    history.begin(2, torch.tensor([8]), torch.tensor([], dtype=torch.int64))
+    history.count(torch.tensor([2, 1]), torch.tensor([7, 7]))
+    taken = history.take(torch.tensor([2, 1]))
+    assert [row.nonzero()[:, 0].tolist() for row in taken.prompt_seen] == [[8], [3, 5]]
+    assert [{i: n for i, n in enumerate(row) if n} for row in taken.counts.tolist()] == [{7: 1}, {6: 2, 7: 2}]
+    assert not history.prompt_seen[0].any() and not history.counts[0].any()

@@ -1,0 +1,320 @@
+"""Runs the scheduler's steps on the device and fetches the tokens that they draw.
+
+What a sequence's next step needs stays on the device, in tables by slot: its newest token, where that goes, its
+blocks. A step sends what it changes there in one small copy. One that only decodes sends nothing else: on CUDA it is
+a graph over the tables, of which there is one for each of some batch sizes. Nothing here waits for the device but
+`Ticket.wait`, for its own step. Who a row belongs to and when it ends is the scheduler's.
+"""
+
+import gc
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hardware
+from cache import check_kv_dtype, new_storage
+from compiling import compile_model, has_kernels
+from model import Transformer
+from paged import PagedBatch, PagedCache
+from quant.linears import settle_model
+from sampling import SamplingBatch, SamplingParams, sample
+from serving.drawing import Drawing, Rows
+from serving.request import TokenLogprobs
+from serving.scheduler import Step
+
+if TYPE_CHECKING:
+    from kernels.decoder import Decoder
+    from serving.engine import EngineOptions
+
+FUSED_ROWS = 16  # up to so many greedy rows, the head's kernel finds the largest logits and writes none
+
+
+class Ticket:
+    """The results of a step that is under way."""
+
+    def __init__(self, rows: Rows, tokens: Tensor, logprobs: Sequence[Tensor]) -> None:
+        self.rows = rows
+        self.arrival = hardware.Arrival(tokens, *logprobs)
+
+    def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """The token of each Work that samples, decodes first, and its logprobs where they were asked for."""
+        tokens, *logprobs = (x.tolist() for x in self.arrival.wait())
+        reports: list[TokenLogprobs | None] = [None] * len(tokens)
+        for (row, alternatives), own, values, ids in zip(self.rows.reports, *logprobs, strict=True):
+            top = list(zip(ids, values, strict=True))[:alternatives]
+            reports[row] = TokenLogprobs(tokens[row], own, top)
+        return tokens, reports
+
+
+class Runner:
+    """One model over one paged cache, with room for `max_running` sequences at a time."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        n_blocks: int,
+        block_size: int,
+        max_running: int,
+        max_step_tokens: int,
+        n_host_blocks: int = 0,
+        kv_dtype: str | None = None,
+        decoder: "Transformer | Decoder | None" = None,
+    ) -> None:
+        """`decoder` is what runs the model, as `compile_model` makes it. A sequence is no longer than all blocks."""
+        self.decoder = decoder or model
+        self.device, self.vocab_size = model.norm.weight.device, model.config.vocab_size
+        self.n_blocks, self.block_size, self.n_host_blocks = n_blocks, block_size, n_host_blocks
+        self.max_running, self.max_step_tokens = max_running, max_step_tokens
+        self.max_seq_len = min(model.config.max_seq_len, (n_blocks - 1) * block_size)
+        self.overlaps = self.device.type == "cuda"
+        self.cache = PagedCache(_storage(model, n_blocks, block_size, kv_dtype), model.norm.weight.dtype)
+        self.host_blocks = [  # [n_host_blocks, n_layers, block_size, ...] each
+            torch.empty(n_host_blocks, len(x), *x.shape[2:], dtype=x.dtype, pin_memory=self.overlaps)
+            for x in self.cache.tensors
+            if n_host_blocks
+        ]
+        # By slot: the newest token, and where it goes. The last row pads batches, with block 0, which is nobody's.
+        self.null_row = max_running
+        self.state = torch.zeros(2, max_running + 1, dtype=torch.int64, device=self.device)
+        self.newest, self.position = self.state
+        n = -(-self.max_seq_len // block_size)
+        self.tables = torch.zeros(max_running + 1, n, dtype=torch.int32, device=self.device)
+        self.drawing = Drawing(slots=max_running + 1, vocab_size=self.vocab_size, device=self.device)
+        # The slots that decode steps run, the first so many, as torch and as the kernels index; and who they are.
+        self.decoding = torch.full((max_running,), self.null_row, device=self.device)
+        self.decoding_int32 = self.decoding.int()
+        self.decoded: Rows | None = None
+        self.sizes = torch.arange(max_running + 1, dtype=torch.int32, device=self.device)
+        self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
+        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
+
+    @torch.no_grad()
+    def launch(self, step: Step) -> Ticket:
+        """Enqueue a step. On the CPU it is done on return."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread
+        self._move_blocks(step)
+        if step.table:
+            slot, index, block = hardware.send(self.device, *np.array(step.table).T)
+            self.tables[slot, index] = block.int()
+        self.drawing.join(step.joined)
+        works = [work for work in itertools.chain(step.decodes, step.prefills) if work.samples]
+        rows = self.drawing.rows_of(works)
+        if step.prefills:
+            tokens, logits = None, self._mixed(step, rows)
+        else:
+            tokens, logits = self._decode(rows)
+        reports: list[Tensor] = []
+        if tokens is None:
+            tokens, reports = self.drawing.draw(rows, works, logits, self.position[rows.index])
+            self.newest[rows.index] = tokens
+        return Ticket(rows, tokens, reports)
+
+    def _move_blocks(self, step: Step) -> None:
+        if step.swap_out:
+            device, host = zip(*step.swap_out, strict=True)
+            (index,) = hardware.send(self.device, np.array(device))
+            for x, kept in zip(self.cache.tensors, self.host_blocks, strict=True):
+                for there, block in zip(host, x[:, index].transpose(0, 1).contiguous(), strict=True):
+                    kept[there].copy_(block, non_blocking=True)
+        if step.swap_in:
+            host, device = zip(*step.swap_in, strict=True)
+            (index,) = hardware.send(self.device, np.array(device))
+            for x, kept in zip(self.cache.tensors, self.host_blocks, strict=True):
+                x[:, index] = torch.stack([kept[there].to(self.device, non_blocking=True) for there in host], dim=1)
+        if step.copies:
+            self.cache.copy(*hardware.send(self.device, *np.array(step.copies).T))
+
+    def _mixed(self, step: Step, rows: Rows) -> Tensor:
+        """One forward over decodes and prefills: logits [n, V] of those that sample."""
+        works, D = [*step.decodes, *step.prefills], len(step.decodes)
+        ends = list(itertools.accumulate(work.count for work in works))
+        tokens, at = np.zeros(ends[-1], dtype=np.int64), np.empty(ends[-1], dtype=np.int64)
+        for i, (work, end) in enumerate(zip(works, ends, strict=True)):
+            here = slice(end - work.count, end)
+            at[here] = np.arange(work.start, work.start + work.count)
+            if i >= D:
+                tokens[here] = work.sequence.tokens[work.start : work.start + work.count]
+        tokens, at, last, slots, starts = hardware.send(
+            self.device,
+            tokens,
+            at,
+            np.array([end - 1 for work, end in zip(works, ends, strict=True) if work.samples], dtype=np.int64),
+            np.array([work.sequence.slot for work in works], dtype=np.int32),
+            np.array([D, *ends[D:]], dtype=np.int32),
+        )
+        tokens[:D] = self.newest[slots[:D]]
+        longest = max(work.count for work in step.prefills)
+        x = self._hidden(tokens, at, slots, D, starts, longest)
+        self.position[rows.index] = at[last] + 1
+        return self._logits(x[:, last])
+
+    def _decode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """A step of running sequences: the tokens [n] of their largest logits if all are greedy, else logits [n, V]."""
+        n = len(rows.slots)
+        size = n if not self.graphs else next(size for size in buckets(self.max_running) if size >= n)
+        if rows is not self.decoded:
+            self._show(rows.index)
+            self.decoded = rows
+        greedy = rows.sampling is None
+        if (size, greedy) in self.graphs:
+            graph, *results = self.graphs[size, greedy]
+            graph.replay()
+        else:
+            results = self._step(size, greedy)
+        tokens, logits = (None if x is None else x[:n] for x in results)
+        return tokens, logits
+
+    def _show(self, index: Tensor) -> None:
+        """Let decode steps run these slots, and the null row, from its beginning, in the place of those missing."""
+        self.decoding[: len(index)], self.decoding[len(index) :] = index, self.null_row
+        self.decoding_int32.copy_(self.decoding)
+        self.state[:, self.null_row :].zero_()
+
+    def _step(self, size: int, greedy: bool) -> tuple[Tensor | None, Tensor | None]:
+        """A step of the first `size` slots in `decoding`: tokens [size] if all are greedy, else logits [size, V].
+
+        It reads and writes tables alone, so a graph can hold it. Who is not greedy is given its newest token later.
+        """
+        index, slots = self.decoding[:size], self.decoding_int32[:size]
+        state = self.state[:, index]
+        tokens, at = state
+        x = self._hidden(tokens, at, slots, size, self.sizes[size:][:1], 0)
+        logits = None
+        if greedy and self.kernels and size <= FUSED_ROWS:
+            self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
+        else:
+            logits = self._logits(x)
+            if greedy:
+                torch.argmax(logits, -1, out=tokens)
+            at += 1
+        self.state[:, index] = state
+        return (tokens, None) if greedy else (None, logits)
+
+    def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
+        view = self.cache.view(PagedBatch(self.tables, slots, decodes, starts, longest))
+        return self.decoder.hidden(tokens[None], at[None], view)  # [1, T, C]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[n, V] from x [1, n, C]."""
+        return self.decoder.logits(x)[0] if x.shape[1] else x.new_zeros(0, self.vocab_size)
+
+    # ---- Getting ready -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run_largest(self) -> None:
+        """What takes the most memory: a full step of new tokens, and all rows sampled."""
+        T, most = self.max_step_tokens, min(self.max_step_tokens, self.max_seq_len)
+        starts = torch.tensor([*range(0, T, most), T], dtype=torch.int32).to(self.device)
+        slots = torch.full((len(starts) - 1,), self.null_row, dtype=torch.int32, device=self.device)
+        at = torch.arange(T, device=self.device) % most
+        x = self._hidden(torch.zeros_like(at), at, slots, 0, starts, most)
+        logits = self._logits(x[:, :1].expand(-1, self.max_running, -1).contiguous())
+        params = [SamplingParams(temperature=1.0, top_p=0.9)] * self.max_running
+        sample(logits, SamplingBatch(params, vocab_size=self.vocab_size, device=self.device), self.newest[:-1])
+
+    @torch.no_grad()
+    def prepare(self, size: int) -> None:
+        """Compile what decode steps of a size need, and capture them on CUDA."""
+        self._show(self.decoding[:0])
+        self.decoded = None
+        for greedy in (True, False):
+            self._step(size, greedy)
+            if self.graph_pool is not None and self.kernels:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.graph_pool):
+                    results = self._step(size, greedy)
+                self.graphs[size, greedy] = graph, *results
+
+
+def buckets(most: int) -> list[int]:
+    """The sizes that decode graphs have: a batch fits one with little to spare, the largest exactly."""
+    return [*(size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, *range(128, most, 32)) if size < most), most]
+
+
+def _storage(
+    model: Transformer, n_blocks: int, block_size: int, kv_dtype: str | None, device: str | None = None
+) -> list[Tensor]:
+    config, weight = model.config, model.norm.weight
+    return new_storage(
+        n_layers=config.n_layers,
+        batch=n_blocks,
+        max_seq_len=block_size,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        dtype=weight.dtype,
+        device=device or weight.device,
+        kv_dtype=kv_dtype,
+    )
+
+
+def make_runner(
+    model: Transformer, options: "EngineOptions", *, kv_dtype: str | None = None, compile: bool = False
+) -> Runner:
+    """A runner that is ready, with the cache that the options and the device's memory allow."""
+    device = model.norm.weight.device
+    check_kv_dtype(kv_dtype, device)
+    if device.type == "cpu":
+        settle_model(model)
+    decoder = model
+    compile = compile and (device.type == "cpu" or has_kernels(device))  # what is left has no use for whole graphs
+    if compile:
+        decoder = compile_model(model, max_seq_len=model.config.max_seq_len, batch_size=options.max_running)
+    block_size = options.block_size or (64 if device.type == "cuda" else 16)
+    block_bytes = sum(x.nbytes for x in _storage(model, 1, block_size, kv_dtype, "meta"))
+
+    def new(n_blocks: int, n_host_blocks: int = 0) -> Runner:
+        return Runner(
+            model,
+            n_blocks=n_blocks,
+            block_size=block_size,
+            max_running=options.max_running,
+            max_step_tokens=options.max_step_tokens,
+            n_host_blocks=n_host_blocks,
+            kv_dtype=kv_dtype,
+            decoder=decoder,
+        )
+
+    if options.kv_cache_gb is None and device.type == "cuda":
+        fitting = -(-min(model.config.max_seq_len, options.max_step_tokens) // block_size) + 1
+        memory = free_memory(device, options.gpu_memory_utilization, lambda: new(fitting))
+        remedy = "raise --gpu-memory-utilization or lower --max-step-tokens"
+    else:
+        memory = (options.kv_cache_gb or 1.0) * 1e9
+        remedy = "raise --kv-cache-gb"
+    n_blocks = int(memory // block_bytes)
+    if n_blocks < 2:
+        raise ValueError(
+            f"there are {max(memory, 0) / 1e9:.3f} GB for the cache, where two blocks of {block_size} tokens take "
+            f"{2 * block_bytes / 1e9:.3f} GB; {remedy}"
+        )
+    runner = new(n_blocks, int(options.swap_gb * 1e9 // block_bytes))
+    if device.type == "cuda":
+        runner.run_largest()  # so that no request meets what that compiles, or a lack of memory
+    if compile:
+        several = buckets(options.max_running) if device.type == "cuda" else [1, min(2, options.max_running)]
+        for size in reversed(several):
+            runner.prepare(size)
+    hardware.synchronize(device)
+    return runner
+
+
+def free_memory(device: torch.device, share: float, trial: Callable[[], Runner]) -> float:
+    """Bytes that a cache may take of a share of a GPU: what is left when a `trial` has run its largest steps."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    runner = trial()
+    runner.run_largest()
+    if runner.kernels:
+        runner.prepare(runner.max_running)
+    used = free - torch.cuda.mem_get_info(device)[0] - runner.cache.nbytes
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()
+    return free - used - (1 - share) * total

@@ -1,0 +1,66 @@
+"""Packed matrices times many rows, without widening them in memory: the kernels against the twin."""
+
+import pytest
+import torch
+
+from kernels import language, linear, tuning, wide
+from kernels.tuning import WidePlan
+from tests.test_kernels import DEVICE, FORMATS, random, random_weight, same
+
+pytest.importorskip("triton")
+
+PACKED = [f for f in FORMATS if f != "float"]
+# On a GPU a left side from registers needs whole warp groups.
+PLANS = {"whole": WidePlan(16, 64, 4, 2, 1), "parts": WidePlan(16, 128, 4, 2, 3)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", PACKED)
+def test_inputs_are_arranged(format: str, dtype: torch.dtype) -> None:
+    K = 640 if "128" in format else 192
+    x = random(3, K, dtype=dtype)
+    kind = format.split()[0]
+    assert torch.equal(wide.arrange(x, kind), wide.arrange_twin(x, kind))
+    norm = 1 + 0.1 * random(K, dtype=dtype)
+    got, want = (f(x, kind, norm=norm, eps=1e-5) for f in (wide.arrange, wide.arrange_twin))
+    same(got, want, 1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("format", PACKED)
+def test_wide_linear(format: str, plan: str) -> None:
+    # Rows and outputs that no tile divides, and inputs that end inside of a block.
+    M, N, K = 19, 70, {"int8": 208, "fp8": 176}.get(format, 640 if "128" in format else 192)
+    weight, norm = random_weight(format, N, K, bias=plan == "whole"), 1 + 0.1 * random(K)
+    x, residual = random(M, K), random(M, N)
+    options = {"norm": norm, "eps": 1e-5}
+    want = linear.linear_twin(x, weight, **options, residual=residual.clone())
+    got = wide.wide_linear(x, weight, **options, residual=residual, plan=PLANS[plan])
+    assert got is residual
+    same(got, want, 3e-5)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4 g64 asymmetric"])
+def test_wide_linear_in_half_precision(format: str) -> None:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bf16 matrices
+    weight, x = random_weight(format, 64, 256, dtype=dtype, bias=True), random(20, 256, dtype=dtype)
+    got = wide.wide_linear(x, weight, out_dtype=torch.float32, plan=PLANS["whole"])
+    assert got.dtype == torch.float32
+    exact = weight._replace(bias=weight.bias.float())
+    same(got, linear.linear_twin(x.float(), exact), 1e-2)
+
+
+def test_a_matrix_takes_this_way_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "on_gpu", lambda x: True)
+    monkeypatch.setattr(language, "hopper", lambda x: True)
+    monkeypatch.setattr(tuning, "wide_plan", lambda *_: PLANS["whole"])
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    weight, x, norm = random_weight("int8", 32, 64, dtype=dtype), random(65, 64, dtype=dtype), random(64, dtype=dtype)
+    calls = []
+    monkeypatch.setattr(linear, "dequantize", lambda *_: calls.append("widened"))
+    got = linear.linear(x, weight, norm=norm, eps=1e-5, glu=True)
+    assert not calls
+    same(got, linear.linear_twin(x.float(), weight, norm=norm.float(), eps=1e-5, glu=True), 2e-2)
+    assert not wide.suits(x.float(), weight)
+    assert not wide.suits(x, weight._replace(int8_inputs=True))
+    assert not wide.suits(x.expand(8, 65, 64).flatten(0, 1), weight)
