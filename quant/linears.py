@@ -149,13 +149,14 @@ def fp8_scale(weight: Tensor) -> Tensor:
     """Scales [N], fp32, for weight [N, K]: absmax / 448 times the one of OCTAVE that leaves the smallest squared error.
 
     What a scale does to the error depends on where between two powers of 2 it puts the row's weights: twice the scale
-    gives the same codes but for their exponents. Of the smallest weights, too, 3 bits are taken to be kept.
+    gives the same codes but for their exponents. Of the smallest weights, too, 3 bits are taken to be kept. It is the
+    same on any device: CUDA divides by a number in another way than a CPU, so that nothing here does.
     """
-    smallest = weight.float().abs().amax(1) / LARGEST[torch.float8_e4m3fn]
+    smallest = weight.float().abs().amax(1) * (1 / LARGEST[torch.float8_e4m3fn])
     best, least = smallest, torch.full_like(smallest, float("inf"), dtype=torch.float64)
     steps = _divide(weight.float(), smallest[:, None])
     for factor in OCTAVE:
-        x = steps / factor
+        x = steps * (1 / factor)
         large = x * (2**20 + 1)
         off = (large - (large - x)).sub_(x)  # fp32 has 20 bits more, which the large number pushes out, to nearest
         # So exact a sum that its order, which depends on the device, decides nothing.
