@@ -29,6 +29,7 @@ import chat
 import checkpoint
 import cli
 import hardware
+from answer import GrowingText
 from cache import KV_DTYPES, StaticCache, check_kv_dtype
 from compiling import compile_model
 from model import Transformer
@@ -280,37 +281,22 @@ def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> No
         )
 
 
-class Answer:
-    """The text of a request as it grows. A stop string ends the request and is not part of the text.
-
-    Where the answer `continues` its prompt, it keeps the space that it may begin with.
-    """
+class Answer(GrowingText):
+    """The text of a request as it grows. A stop string ends the request."""
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = (), *, continues: bool = False
     ) -> None:
-        self.request, self.stop = request, stop
-        self.text = ""
-        self._stream = tokenizer.stream(continues=continues)
+        super().__init__(tokenizer, stop, continues=continues)
+        self.request = request
         self._tokens = 0  # how many of the request's tokens are in the text
-        self._shown = 0  # how many characters `update` has returned
 
     def update(self) -> str:
-        """The text that became certain since the last call: no half character, nothing that may begin a stop string."""
-        for token in self.request.token_ids[self._tokens :]:
-            self.text += self._stream.push(token)
+        """The text that became certain since the last call."""
+        new = self.push(self.request.token_ids[self._tokens :], last=self.request.finish_reason is not None)
         self._tokens = len(self.request.token_ids)
-        if self.request.finish_reason is not None:
-            self.text += self._stream.finish()
-        ends = [at for s in self.stop if (at := self.text.find(s, self._shown)) >= 0]
-        if ends:
-            self.text = self.text[: min(ends)]
+        if self.stopped:
             self.request.finish_reason = "stop"
-        held = 0
-        if self.request.finish_reason is None:
-            held = max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
-        new = self.text[self._shown : len(self.text) - held]
-        self._shown += len(new)
         return new
 
 

@@ -1,8 +1,9 @@
 """From logits to the next token, row by row, without a host sync.
 
 Every row of a batch has its own parameters, held as device tensors. The filters are pure functions on logits [B, V]
-and compose to `probs`, the distribution that sampling draws from and that speculation compares. How a token is drawn
-from what they leave, by a hash of its seed and position, is in `kernels/draw.py`.
+and compose to `probs`, the distribution that sampling draws from and that speculation compares. The randomness is a
+hash of (seed, position, token): a row draws the same tokens alone, in any batch, compiled or not, on any device,
+and no generator state has to live inside a CUDA graph.
 """
 
 import math
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.draw import draw
+_UINT32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +201,38 @@ def probs(logits: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def sample(logits: Tensor, batch: SamplingBatch, position: Tensor) -> Tensor:
-    """The next token [B] from logits [B, V]; `position` [B] is where it goes, and with the seed decides the draw."""
+    """The next token [B] from logits [B, V]; `position` [B] is where it goes, and with the seed decides the draw.
+
+    The Gumbel-max trick: the argmax of logits plus Gumbel noise is a draw from their softmax.
+    """
     logits = warp(logits, batch)
-    return logits.argmax(-1) if batch.greedy else draw(logits, batch.temperature, batch.seed, position[:, None])
+    if batch.greedy:
+        return logits.argmax(-1)
+    gumbel = -torch.log(-torch.log(uniform(batch.seed, position[:, None], logits.shape[-1])))
+    return argmax_in_chunks(torch.where(batch.temperature == 0.0, logits, logits + gumbel))
+
+
+CHUNK = 1024
+
+
+def argmax_in_chunks(x: Tensor) -> Tensor:
+    """Where each row of x [B, V] is largest, [B]. In two levels: compiled, one over a row would run on one core."""
+    chunks = F.pad(x, (0, -x.shape[-1] % CHUNK), value=-math.inf).unflatten(-1, (-1, CHUNK))  # [B, V / CHUNK, CHUNK]
+    best, column = chunks.max(-1)  # 2 x [B, V / CHUNK]
+    chunk = best.argmax(-1, keepdim=True)  # [B, 1]
+    return (chunk * CHUNK + column.gather(-1, chunk))[:, 0]
+
+
+def uniform(seed: Tensor, position: Tensor, n: int) -> Tensor:
+    """Noise in the open interval (0, 1), fp32 [B, n], a pure function of seed [B, 1], position [B, 1] and column."""
+    row = _hash(_hash(_hash(seed & _UINT32) ^ (seed >> 32)) ^ position)  # [B, 1]
+    column = torch.arange(n, device=seed.device)
+    bits = _hash(_hash(row ^ column) + row & _UINT32) >> 9  # 23 bits: with the half below, fp32 holds them exactly
+    return (bits.float() + 0.5) * 2.0**-23
+
+
+def _hash(x: Tensor) -> Tensor:
+    """MurmurHash3's finalizer on int64 tensors of 32-bit values: the product wraps, but its low half is right."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & _UINT32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & _UINT32
+    return x ^ (x >> 16)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cache import StaticCache, StaticLayer
 from kernels import attention, elementwise, linear, paged, tuning
 from kernels.attention import Heads, Pages
-from kernels.weight import Weight
+from kernels.weight import Weight, most_rows
 from model import Block, Transformer
 from paged import PagedLayer, PagedView
 
@@ -40,7 +40,7 @@ class Decoder:
 
     def bucket(self, length: int) -> int:
         """The cache length to show to a step: kernels end where the cache is live, but plan by what they are shown."""
-        return min(tuning.SHORT if length <= tuning.SHORT else self.max_seq_len, self.max_seq_len)
+        return next((slots for slots in tuning.CONTEXTS if length <= slots < self.max_seq_len), self.max_seq_len)
 
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: StaticCache | PagedView) -> Tensor:
         """The last layer's output [B, T, C] for tokens [B, T] at positions input_pos [B, T]; writes the cache."""
@@ -104,11 +104,11 @@ class Decoder:
         return attend
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits [..., V], fp32, from the last layer's output [..., C]."""
-        norm = self.model.norm
-        y = linear.linear(
-            x.reshape(-1, x.shape[-1]).contiguous(), self.head, norm=norm.weight, eps=norm.eps, out_dtype=torch.float32
-        )
+        """Logits [..., V] from the last layer's output [..., C]; fp32 for few rows, where that costs nothing."""
+        norm, rows = self.model.norm, x.reshape(-1, x.shape[-1]).contiguous()
+        few = len(rows) <= most_rows(self.head.format)
+        dtype = torch.float32 if few else None
+        y = linear.linear(rows, self.head, norm=norm.weight, eps=norm.eps, out_dtype=dtype)
         return y.view(*x.shape[:-1], -1)
 
     def greedy(self, x: Tensor, tokens: Tensor, input_pos: Tensor, last_pos: int) -> None:

@@ -129,7 +129,7 @@ def plan(format: str, M: int, N: int, K: int, mode: str, x: Tensor) -> Plan:
     return _plan(x.device, format, M, N, K, mode, x.element_size())
 
 
-SHORT = 1024  # slots up to which attention runs by its plan for short contexts
+BRIEF, SHORT = CONTEXTS = 256, 1024  # slots up to which attention runs by its plans for brief and for short contexts
 
 
 def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor, page: int = 0) -> AttentionPlan:
@@ -147,7 +147,7 @@ def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor, page: 
 
 def attention_rule(kind: str, row: int) -> AttentionPlan:
     """A plan by arithmetic alone; keys of `row` bytes lie in registers."""
-    if kind == "short" and row <= 128:
+    if row <= (256 if kind == "brief" else 128 if kind == "short" else 0):
         return AttentionPlan(256, 256, 264, 8)
     if kind == "short" and row <= 256:
         return AttentionPlan(128, 128, 264, 4)
@@ -155,17 +155,19 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
     if kind == "paged":
         return AttentionPlan(BS, 256, 1056, 2 if row <= 128 else 4)
     if kind == "paged wide":
-        return AttentionPlan(BS, 512, 4096, 2 if row <= 128 else 4)
+        return AttentionPlan(BS, 512, 2048, 2 if row <= 128 else 4)
     return AttentionPlan(BS, 256 if kind == "wide" else BS, 264, 4)
 
 
 def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
-    """In a "short" context latency counts, in a "long" one bandwidth. In a short and "wide" one there are programs
-    enough, and it is not worth cutting into splits that have to be combined.
+    """In a "brief" context, which one block holds, and a "short" one latency counts, in a "long" one bandwidth. In a
+    short and "wide" one there are programs enough, and it is not worth cutting into splits that have to be combined.
     """
     if slots > SHORT:
         return "long"
-    return "wide" if rows * n_kv_heads >= 64 else "short"
+    if rows * n_kv_heads >= 64:
+        return "wide"
+    return "brief" if slots <= BRIEF else "short"
 
 
 def paged_kind(n_kv_heads: int, rows: int) -> str:
@@ -182,11 +184,15 @@ def prompt_plan(head_dim: int, page: int, x: Tensor) -> PromptPlan:
     """For prompts over a paged cache with blocks of `page` slots."""
     if x.element_size() == 4:
         return PromptPlan(32, min(32, page), 4, 2)
-    return PromptPlan(128, min(64, page), 8, 2)
+    return PromptPlan(64, min(64, page), 4, 3)
 
 
 def wide_plan(format: str, M: int, N: int, K: int) -> WidePlan:
     """For a packed matrix and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
     BM = 128 if M <= 128 else 256
-    tiles = triton.cdiv(N, 128) * triton.cdiv(M, BM)
-    return WidePlan(BM, 128, 8, 3 if format == "int4" else 4, max(1, min(132 // tiles, K // 512)))
+    if format == "int4" or M <= 128:
+        BN, num_warps, depth, programs = 128, 8, 3 if format == "int4" else 4, 132
+    else:
+        BN, num_warps, depth, programs = 64, 4, 3, 264  # two of them beside each other
+    tiles = triton.cdiv(N, BN) * triton.cdiv(M, BM)
+    return WidePlan(BM, BN, num_warps, depth, max(1, min(programs // tiles, K // 512)))

@@ -25,7 +25,7 @@ class BlockPool:
         self.block_size = block_size
         self.total = n_blocks - 1
         self.refs = [0] * n_blocks
-        self.released = 0  # goes up whenever blocks may have become available
+        self.released = 0  # goes up whenever a block becomes available
         self._free = list(range(n_blocks - 1, 0, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used first
         self._published: dict[tuple[Name, tuple[int, ...]], int] = {}
@@ -80,7 +80,7 @@ class BlockPool:
                     self._free.append(block)
                 else:
                     self._cached[block] = None
-        self.released += 1
+                self.released += 1
 
     def match(self, tokens: Sequence[int], salt: str | None) -> tuple[list[int], list[int]]:
         """The published blocks that begin with `tokens`, and their names; the last token is never among them.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import hardware
-from sampling import History, SamplingBatch, sample
+from kernels.draw import draw
+from sampling import History, SamplingBatch, SamplingParams, sample
 from serving import request
 from serving.scheduler import Work
 
@@ -25,6 +26,7 @@ class Rows:
     slots: list[int]
     index: Tensor  # int64 [n], the slots on the device
     sampling: SamplingBatch | None = None  # None: every row takes its largest logit, as it is
+    plain: bool = False  # rows have a temperature, and nothing else
     bias: list[Tensor] | None = None  # rows, tokens, and what those logits gain, [any] each
     reports: Sequence[tuple[int, int]] = ()  # (row, number of alternatives) where logprobs are asked for
     report_index: Tensor | None = None  # their rows, int64
@@ -81,18 +83,23 @@ class Drawing:
             slots=slots,
             index=index,
             sampling=sampling,
+            plain=not (bias or reports or constrained)
+            and all(p == SamplingParams(temperature=p.temperature, seed=p.seed) for p in params),
             bias=[row, token, gain] if bias else None,
             reports=reports,
             report_index=reported,
         )
 
     def draw(self, rows: Rows, works: Sequence[Work], logits: Tensor, position: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Tokens [n] that go to `position` [n], from logits [n, V], which are overwritten.
+        """Tokens [n] that go to `position` [n], from logits [n, V], which may be overwritten.
 
         Also what `rows.reports` ask for: the tokens' log probabilities, the highest ones and whose those are.
         """
         if rows.sampling is None:
             return logits.argmax(-1), []
+        if rows.plain:
+            return draw(logits, rows.sampling.temperature[:, 0], rows.sampling.seed[:, 0], position), []
+        logits = logits.float()
         logprobs = logits[rows.report_index].log_softmax(-1) if rows.reports else None  # as the model has them
         if rows.bias is not None:
             row, token, gain = rows.bias

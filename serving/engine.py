@@ -245,6 +245,10 @@ class Engine:
                 names.append(request.id)
             while self.busy:
                 yield from self.step()
+        except KeyboardInterrupt:  # in the midst of a step: it may or may not have been launched
+            self._flying.clear()
+            self._note_progress(None, self.scheduler.fail("interrupted"))
+            raise
         finally:
             for name in names:
                 self.abort(name)
@@ -335,7 +339,8 @@ class Engine:
             except Exception:
                 log.exception("the step before failed as well")
         self._flying.clear()
-        return outputs + self.scheduler.fail(f"the model failed: {type(error).__name__}: {error}")
+        first_line = str(error).partition("\n")[0][:300]
+        return outputs + self.scheduler.fail(f"the model failed: {type(error).__name__}: {first_line}")
 
     def _read_notes(self, now: float) -> list[Output]:
         """Take what other threads have left, and end what is out of time."""

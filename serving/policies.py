@@ -56,8 +56,9 @@ class Mlfq(Fcfs):
     """
 
     displaces = True
+    rising = 16  # sequences in one turn at most: ten thousand that have waited equally long would hold up a step
 
-    def __init__(self, *, quantum: int = 16, levels: int = 8, prefill: int = 128, patience: int = 1000) -> None:
+    def __init__(self, *, quantum: int = 16, levels: int = 8, prefill: int = 128, patience: int = 2000) -> None:
         self.quanta = [quantum << level for level in range(levels)]
         self.prefill, self.patience = prefill, patience
         self._turn = 0
@@ -92,7 +93,7 @@ class Mlfq(Fcfs):
     def starving(self) -> list[Sequence]:
         self._turn += 1
         starving = []
-        while self._waiting and self._waiting[0][0] + self.patience < self._turn:
+        while self._waiting and self._waiting[0][0] + self.patience < self._turn and len(starving) < self.rising:
             _, stamp, sequence = self._waiting.popleft()
             if sequence.stamp == stamp:  # else it has run since
                 sequence.level, sequence.served = 0, 0.0

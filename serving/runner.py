@@ -91,7 +91,7 @@ class Runner:
         self.decoded: Rows | None = None
         self.sizes = torch.arange(max_running + 1, dtype=torch.int32, device=self.device)
         self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
-        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]] = {}
+        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class Runner:
         else:
             tokens, logits = self._decode(rows)
         reports: list[Tensor] = []
-        if tokens is None or rows.sampling is not None:
+        if tokens is None:
             tokens, reports = self.drawing.draw(rows, works, logits, self.position[rows.index])
             self.newest[rows.index] = tokens
         return Ticket(rows, tokens, reports)
@@ -156,20 +156,20 @@ class Runner:
         return self._logits(x[:, last])
 
     def _decode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """A step of running sequences: the tokens [n] of their largest logits; logits [n, V] if they were written."""
+        """A step of running sequences: the tokens [n] of their largest logits if all are greedy, else logits [n, V]."""
         n = len(rows.slots)
         size = n if not self.graphs else next(size for size in buckets(self.max_running) if size >= n)
         if rows is not self.decoded:
             self._show(rows.index)
             self.decoded = rows
-        fused = rows.sampling is None and self._fuses(size)
-        if (size, fused) in self.graphs:
-            graph, *results = self.graphs[size, fused]
+        greedy = rows.sampling is None
+        if (size, greedy) in self.graphs:
+            graph, *results = self.graphs[size, greedy]
             graph.replay()
         else:
-            results = self._step(size, fused)
-        tokens, logits = results
-        return tokens[:n], None if logits is None else logits[:n]
+            results = self._step(size, greedy)
+        tokens, logits = (None if x is None else x[:n] for x in results)
+        return tokens, logits
 
     def _show(self, index: Tensor) -> None:
         """Let decode steps run these slots, and the null row, from its beginning, in the place of those missing."""
@@ -177,34 +177,34 @@ class Runner:
         self.decoding_int32.copy_(self.decoding)
         self.state[:, self.null_row :].zero_()
 
-    def _fuses(self, size: int) -> bool:
-        return self.kernels and size <= FUSED_ROWS
+    def _step(self, size: int, greedy: bool) -> tuple[Tensor | None, Tensor | None]:
+        """A step of the first `size` slots in `decoding`: tokens [size] if all are greedy, else logits [size, V].
 
-    def _step(self, size: int, fused: bool) -> tuple[Tensor, Tensor | None]:
-        """A step of the first `size` slots in `decoding`. It reads and writes tables alone, so a graph can hold it."""
+        It reads and writes tables alone, so a graph can hold it. Who is not greedy is given its newest token later.
+        """
         index, slots = self.decoding[:size], self.decoding_int32[:size]
         state = self.state[:, index]
         tokens, at = state
         x = self._hidden(tokens, at, slots, size, self.sizes[size:][:1], 0)
         logits = None
-        if fused:
+        if greedy and self.kernels and size <= FUSED_ROWS:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
         else:
             logits = self._logits(x)
-            torch.argmax(logits, -1, out=tokens)
             at += 1
+            if greedy:
+                torch.argmax(logits, -1, out=tokens)
         self.state[:, index] = state
-        return tokens, logits
+        return (tokens, None) if greedy else (None, logits)
 
     def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
         view = self.cache.view(PagedBatch(self.tables, slots, decodes, starts, longest))
         return self.decoder.hidden(tokens[None], at[None], view)  # [1, T, C]
 
     def _logits(self, x: Tensor) -> Tensor:
-        """fp32 [n, V] from x [1, n, C]."""
-        if not x.shape[1]:
-            return x.new_zeros(0, self.vocab_size, dtype=torch.float32)
-        return self.decoder.logits(x)[0].float()
+        """[n, V] from x [1, n, C]."""
+        logits = self.decoder.logits(x)[0] if x.shape[1] else x.new_zeros(0, self.vocab_size)
+        return logits.float() if logits.device.type == "cpu" else logits  # where an argmax over bf16 is slow
 
     # ---- Getting ready -----------------------------------------------------------------------------------------------
 
@@ -225,13 +225,13 @@ class Runner:
         """Compile what decode steps of a size need, and capture them on CUDA."""
         self._show(self.decoding[:0])
         self.decoded = None
-        for fused in {False, self._fuses(size)}:
-            self._step(size, fused)
+        for greedy in (True, False):
+            self._step(size, greedy)
             if self.graph_pool is not None and self.kernels:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.graph_pool):
-                    results = self._step(size, fused)
-                self.graphs[size, fused] = graph, *results
+                    results = self._step(size, greedy)
+                self.graphs[size, greedy] = graph, *results
 
 
 def buckets(most: int) -> list[int]:

@@ -12,6 +12,8 @@ scheduler does not know the model, tensors or time limits.
 """
 
 import itertools
+import math
+import operator
 import time
 from collections import abc, deque
 from dataclasses import dataclass, field
@@ -35,6 +37,9 @@ class Work(NamedTuple):
     mask: np.ndarray | None = None  # what a constraint allows
 
 
+_START = operator.itemgetter(1)  # of a Work
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """What the device does next, in this order: swaps out, swaps in, copies, one forward over decodes and prefills.
@@ -43,7 +48,7 @@ class Step:
     host may be given away while a step that uses it is still under way.
     """
 
-    # Of count 1: the newest token of a running sequence, which may so far exist on the device only.
+    # Of count 1: the newest token of a running sequence, which may so far exist on the device only. The longest first.
     decodes: list[Work] = field(default_factory=list)
     # Known tokens: sequence.tokens[start : start + count]. Also recomputation after a preemption, and the last prompt
     # token once more for samples 2..n, which share the first one's blocks.
@@ -105,7 +110,7 @@ class Scheduler:
         # The last token is never stored. A sequence alone always fits, which is what makes progress certain.
         self.max_seq_len = min(max_seq_len, self.pool.total * block_size + 1)
         self.prefix_caching = prefix_caching
-        self.watermark = -int(-watermark * self.pool.total // 1)  # rounded up
+        self.watermark = math.ceil(watermark * self.pool.total)
         self.waiting = WaitingQueue(policy)
         self.decoding: dict[Sequence, None] = {}  # running, in the order they came in; prompts are done
         self.prefilling: dict[Sequence, None] = {}  # running, prompts partly done
@@ -114,9 +119,10 @@ class Scheduler:
         self.counters = Counters()
         self._slots = list(range(max_running))[::-1]
         self._host = list(range(n_host_blocks))[::-1]
-        self._host_leaving: list[int] = []  # host blocks read by the step in the making
-        self._held: list[int] = []  # sources of copies of the step in the making
-        self._step = Step()
+        self._step = Step()  # in the making
+        self._left = 0  # tokens that it has room for
+        self._host_leaving: list[int] = []  # host blocks that it reads
+        self._held: list[int] = []  # sources of its copies
         self._orders = itertools.count()
         self._samples = 0  # not finished
         self._blocked: tuple[Sequence | None, int] = (None, 0)  # had no memory, and the pool's count of releases then
@@ -172,7 +178,9 @@ class Scheduler:
         ended = [s for s in self.requests.get(request_id, ()) if index in (None, s.index)]
         for sequence in ended:
             self._finish(sequence, reason)
-        return [_output(sequence, [], error=error) for sequence in ended]
+        return [
+            Output(request_id, s.index, [], None, s.finish_reason, error, s.cached_tokens, s.queued_s) for s in ended
+        ]
 
     def fail(self, error: str) -> list[Output]:
         """End all requests in flight, whose step went wrong, and count on nothing that any memory holds."""
@@ -183,8 +191,7 @@ class Scheduler:
         for sequence in [*self.prefilling, *self.decoding]:
             self._preempt(sequence, swap=False)
         for sequence in itertools.chain(*self.requests.values()):
-            if sequence.host_blocks:
-                self._drop_host_blocks(sequence)
+            self._drop_host_blocks(sequence)
         self._step = Step()
         self.pool.forget()
         return outputs
@@ -223,6 +230,9 @@ class Scheduler:
             for s in self.decoding
             if s.computed < s.capacity or s in ready
         ]
+        # A device begins with the first row: were a long one among the last, it would end up running alone.
+        step.decodes.sort(key=_START, reverse=True)
+        self._left = self.max_step_tokens - len(step.decodes)
         self._fill()
         self._host += self._host_leaving
         self.pool.release(self._held)
@@ -280,10 +290,6 @@ class Scheduler:
         self.counters.generated_tokens += len(outputs)
         return outputs
 
-    def _budget(self) -> int:
-        """Tokens that the step in the making has room for."""
-        return self.max_step_tokens - len(self._step.decodes) - sum(work.count for work in self._step.prefills)
-
     def _fill(self) -> None:
         """Spend what decoding leaves: on prompts that are partly done, and on the queue.
 
@@ -292,22 +298,23 @@ class Scheduler:
         partly = sorted(self.prefilling, key=self._rank) if self.prefilling else []
         for sequence in partly:
             level, kept = self.policy.level(sequence), self._quarter()
-            while self._budget() > kept and self._admit(below=level):
+            while self._left > kept and self._admit(below=level):
                 self._prefill(next(reversed(self.prefilling)), kept=kept)
             self._prefill(sequence, kept=0 if sequence is partly[-1] else self._quarter())
-        while self._budget() > 0 and self._admit():
+        while self._left > 0 and self._admit():
             self._prefill(next(reversed(self.prefilling)))
 
     def _quarter(self) -> int:
-        return -(-self._budget() // 4)
+        return -(-self._left // 4)
 
     def _prefill(self, sequence: Sequence, *, kept: int = 0) -> None:
         """Put known tokens of a sequence into the step, as many as it has room for, if it is running still."""
-        count = min(len(sequence.tokens) - sequence.computed, self._budget() - kept)
+        count = min(len(sequence.tokens) - sequence.computed, self._left - kept)
         if count > 0 and sequence.slot is not None:
             samples = sequence.computed + count == len(sequence.tokens)
             mask = sequence.mask if samples else None
             self._step.prefills.append(Work(sequence, sequence.computed, count, samples, sequence.epoch, mask))
+            self._left -= count
 
     def _rank(self, sequence: Sequence) -> tuple[int, int]:
         """Whose is lowest is served first, and preempted last."""
@@ -451,6 +458,7 @@ class Scheduler:
         step = self._step
         step.decodes = [work for work in step.decodes if work.sequence.epoch == work.epoch]
         step.prefills = [work for work in step.prefills if work.sequence.epoch == work.epoch]
+        self._left = self.max_step_tokens - len(step.decodes) - sum(work.count for work in step.prefills)
         return True
 
     def _preempt(self, sequence: Sequence, *, swap: bool = True) -> None:
@@ -516,19 +524,6 @@ class Scheduler:
         assert not self._host_leaving and not self._held
         swapped = list(itertools.chain(*(s.host_blocks for s in samples)))
         assert sorted([*self._host, *swapped]) == list(range(len(self._host) + len(swapped))), "host blocks leak"
-
-
-def _output(sequence: Sequence, new: list[int], error: str | None) -> Output:
-    return Output(
-        sequence.request.id,
-        sequence.index,
-        new,
-        None,
-        sequence.finish_reason,
-        error,
-        sequence.cached_tokens,
-        sequence.queued_s,
-    )
 
 
 def _advance(sequence: Sequence, token: int) -> tuple[str | None, str | None]:

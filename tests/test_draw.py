@@ -1,41 +1,32 @@
-"""kernels/draw.py: the kernel draws what its twin draws."""
+"""Drawing by temperature: the kernel against its twin, and both against `sampling.sample`."""
 
 import pytest
 import torch
 
 from kernels.draw import draw_kernel, draw_twin
-
-pytest.importorskip("triton")
+from sampling import SamplingBatch, SamplingParams, sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = [(0.0, 0), (0.6, 1), (1.0, 2**40 + 5), (2.5, 2**63 - 1), (0.0, 7), (0.1, 123456789)]  # temperature, seed
 
 
-@pytest.mark.parametrize(("B", "V"), [(1, 1), (1, 5), (7, 131), (3, 1024), (5, 1025), (2, 5000), (0, 9)])
-def test_the_kernel_draws_what_its_twin_draws(B: int, V: int) -> None:
-    generator = torch.Generator().manual_seed(V)
-    temperature = torch.tensor([0.0, 1.0, 0.5]).repeat(B)[:B, None].to(DEVICE)
-    for position in (0, 1, 77, 2**31 + 5, 2**32 - 1):
-        logits = torch.randn(B, V, generator=generator).to(DEVICE)
-        logits[:, 1::3] = -torch.inf
-        seed = torch.randint(2**62, (B, 1), generator=generator).to(DEVICE)
-        at = torch.full((B, 1), position, device=DEVICE)
-        got, want = (f(logits, temperature, seed, at) for f in (draw_kernel, draw_twin))
-        assert got.dtype == want.dtype and torch.equal(got, want)
+@pytest.mark.parametrize("V", [1, 5, 4096, 4097, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_twin_and_sampling_draw_the_same(V: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    apart = torch.randn(len(ROWS), V + 3, device=DEVICE) * 3
+    logits = apart.to(dtype)[:, :V]  # rows are further apart than they are long
+    temperature, seed = (torch.tensor(x, device=DEVICE) for x in zip(*ROWS, strict=True))
+    position = torch.tensor([0, 1, 77, 1000, 5, 131071], device=DEVICE)
+    params = [SamplingParams(temperature=t, seed=s) for t, s in ROWS]
+    want = sample(logits, SamplingBatch(params, vocab_size=V, device=DEVICE), position)
+    assert torch.equal(draw_twin(logits, temperature, seed, position), want)
+    assert torch.equal(draw_kernel(logits, temperature, seed, position), want)
 
 
-def test_rows_draw_by_their_own_seed_and_position() -> None:
-    logits, temperature = torch.zeros(1, 400, device=DEVICE), torch.ones(1, 1, device=DEVICE)
-    drawn = {
-        draw_kernel(logits, temperature, *(torch.tensor([[x]], device=DEVICE) for x in (seed, position))).item()
-        for seed in (0, 1, 2**32, 2**40 + 1)
-        for position in (0, 1, 2)
-    }
-    assert len(drawn) > 8
-
-
-def test_a_scaled_view_is_read_as_it_is_meant() -> None:
-    """Logits and parameters need not be contiguous."""
-    logits = torch.randn(9, 4, device=DEVICE).t()
-    temperature, seed = torch.ones(4, 2, device=DEVICE)[:, :1], torch.arange(12, device=DEVICE).view(4, 3)[:, 1:2]
-    at = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE).expand(4, 1)
-    assert torch.equal(draw_kernel(logits, temperature, seed, at), draw_twin(logits, temperature, seed, at))
+def test_of_equal_logits_the_first_wins() -> None:
+    pytest.importorskip("triton")
+    logits = torch.zeros(1, 5000, device=DEVICE)
+    logits[0, [4500, 17, 4200]] = 3.0
+    zero = torch.zeros(1, device=DEVICE)
+    assert draw_kernel(logits, zero, zero.long(), zero.long()).tolist() == [17]

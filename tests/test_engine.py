@@ -40,7 +40,7 @@ class Unreliable(FakeRunner):
 
     def _fail(self) -> None:
         self._forget()
-        raise RuntimeError("the device is lost")
+        raise RuntimeError("lost\nand a page of advice")
 
     def _forget(self) -> None:
         for block in (*self.device, *self.host):
@@ -130,6 +130,23 @@ def test_a_run_that_is_left_early_leaves_nothing() -> None:
     engine = make()
     for _ in engine.run(REQUESTS):
         break
+    assert finish(engine) == []
+    assert gather(engine.run(REQUESTS)) == expected(*REQUESTS)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_run_can_be_interrupted_in_the_midst_of_a_step(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    engine = make(no_overlap=not overlap)
+    run = engine.run(REQUESTS)
+    for _ in range(12):
+        next(run)
+    monkeypatch.setattr(engine.runner, "launch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(run)
+    monkeypatch.undo()
     assert finish(engine) == []
     assert gather(engine.run(REQUESTS)) == expected(*REQUESTS)
 
@@ -315,7 +332,7 @@ def test_a_failing_step_ends_its_requests_and_the_others_go_on(overlap: bool, fa
     for one in requests[2:]:
         assert found[one.id, 0] == reference(one, max_seq_len=401)
     (error,) = {output.error for output in outputs if output.error}
-    assert error.startswith("the model failed: RuntimeError: ")
+    assert error in ("the model failed: RuntimeError: no luck in step 10", "the model failed: RuntimeError: lost")
     stats = engine.stats()
     assert (stats.failed_steps, stats.failures_in_a_row, stats.kv_usage) == (1, 0, 0.0)
 

@@ -125,8 +125,8 @@ def test_a_request_gets_in_a_crowd_what_it_gets_alone(switches: str, sizes: dict
 class Replayed:
     """Stands for a CUDA graph: runs its step again, with the results in the memory of the first time."""
 
-    def __init__(self, runner: Runner, size: int, fused: bool) -> None:
-        self.step = functools.partial(runner._step, size, fused)
+    def __init__(self, runner: Runner, size: int, greedy: bool) -> None:
+        self.step = functools.partial(runner._step, size, greedy)
         self.results = self.step()
 
     def replay(self) -> None:
@@ -142,11 +142,10 @@ def test_graphs_of_the_kernels_steps_give_the_same(switches: str, monkeypatch: p
     runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61)
     runner.run_largest()
     for size in buckets(18):
-        for fused in {False, runner._fuses(size)}:
-            graph = Replayed(runner, size, fused)
-            runner.graphs[size, fused] = graph, *graph.results
-    assert [size for size, fused in runner.graphs if fused] == [1, 2, 4, 8, 16]
-    monkeypatch.setattr(runner, "_step", lambda size, fused: pytest.fail("ran without its graph"))
+        for greedy in (True, False):
+            graph = Replayed(runner, size, greedy)
+            runner.graphs[size, greedy] = graph, *graph.results
+    monkeypatch.setattr(runner, "_step", lambda size, greedy: pytest.fail("ran without its graph"))
     expected = crowd_alone(switches)
     served = serve(runner, *crowd())  # in steps of all sizes, in which some are sampled
     assert served.tokens == expected
@@ -306,7 +305,7 @@ def test_a_graph_of_a_larger_size_computes_the_same(model: Transformer) -> None:
         assert served.tokens[request.id, 0] == alone(model, request)
     assert 0 < runner.position[runner.null_row] < 20
     runner.prepare(6)
-    assert runner.position[runner.null_row] == 1
+    assert runner.position[runner.null_row] == 2  # from the beginning, a step of each kind
 
 
 def test_a_runner_takes_the_memory_it_is_given(model: Transformer) -> None:

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.draw import argmax_in_chunks, uniform
 from sampling import (
     History,
     SamplingBatch,
     SamplingParams,
+    argmax_in_chunks,
     min_p,
     penalize,
     probs,
     sample,
     top_k_top_p,
+    uniform,
     warp,
 )
 

@@ -34,6 +34,7 @@ class Machine:
         step = scheduler.schedule()
         scheduler.check()
         if step is not None:
+            assert {*step.joined} <= {work.sequence for work in step.prefills}, "a slot is given and not used"
             self.flying.append((step, self.runner.launch(step)))
             scheduler.launched(step)
             self.steps.append(step)
@@ -88,7 +89,7 @@ def test_decodes_come_first_and_prompts_are_cut_to_the_budget() -> None:
         ([], [("a", 0, 6, True), ("b", 0, 4, False)]),
         (["a"], [("b", 4, 9, False)]),
         (["a"], [("b", 13, 4, True), ("c", 0, 5, True)]),
-        (["a", "b", "c"], []),
+        (["b", "a", "c"], []),  # the longest first
     ]
     assert machine.runner.largest == 10
 
@@ -295,6 +296,18 @@ def test_nobody_goes_for_memory_that_is_about_to_come_back() -> None:
     assert machine.scheduler.counters.preemptions == 0
 
 
+def test_a_prompt_without_room_is_not_looked_up_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(n_blocks=11)
+    requests = [request("0", prompt(25), max_new_tokens=12), request("1", prompt(30, 1), max_new_tokens=3)]
+    machine.add(*requests)
+    looked_up = []
+    match = machine.scheduler.pool.match
+    monkeypatch.setattr(machine.scheduler.pool, "match", lambda *args: looked_up.append(args) or match(*args))
+    machine.run()
+    machine.expect(*requests)
+    assert len(looked_up) == 3
+
+
 def test_the_newest_pauses_rather_than_go_for_itself() -> None:
     machine = Machine(n_blocks=8)
     requests = [request(str(i), prompt(length, i), max_new_tokens=4) for i, length in enumerate([9, 4, 8])]
@@ -317,19 +330,18 @@ def test_nothing_is_swapped_out_for_a_sequence_that_has_been_aborted() -> None:
     machine.expect(other)
 
 
-def test_host_blocks_are_not_written_before_they_are_read() -> None:
-    """Within a step swaps out come first: what is swapped in leaves its host blocks to the next step."""
-    machine = Machine(n_host_blocks=2, max_running=1, policy="priority")
-    requests = [request("0", prompt(6), priority=0), request("5", prompt(6, 1), priority=5)]
-    machine.add(requests[1])
+def test_host_blocks_are_not_written_in_the_step_that_reads_them() -> None:
+    """One sequence is swapped in while another has to go in the same step: it finds no room on the host."""
+    machine = Machine(n_blocks=101, n_host_blocks=2, max_running=2, policy="priority")
+    requests = [request(str(p), prompt(6, p), priority=p) for p in (0, 5, 1)]
+    machine.add(*requests[:2])
     machine.turn()
-    (low,) = machine.scheduler.decoding
-    machine.scheduler._preempt(low)
-    machine.turn()
-    assert low.slot is not None and machine.steps[-1].swap_in
-    machine.scheduler._preempt(low)
-    assert len(machine.scheduler._step.swap_out) == 2
-    machine.run(requests[0])
+    machine.scheduler._preempt(machine.scheduler.requests["0"][0])
+    machine.add(requests[2])
+    step = machine.turn()
+    assert [s.request.id for s in step.joined] == ["0", "1"] and machine.scheduler.counters.preemptions == 2
+    assert len(step.swap_in) == 2 and len(step.swap_out) == 2
+    machine.run()
     machine.expect(*requests)
 
 
@@ -433,6 +445,17 @@ def test_a_long_prompt_is_overtaken_but_goes_on() -> None:
         [("y", 1, 5, False), ("z", 0, 1, True), ("long", 10, 1, False)],
         [("y", 6, 3, True), ("long", 11, 3, False)],
     ]
+
+
+def test_who_is_displaced_has_no_work_in_that_step() -> None:
+    machine = Machine(policy="priority", n_blocks=101, max_step_tokens=8, max_running=2)
+    requests = [request(str(p), prompt(length, p), priority=p) for p, length in [(5, 9), (0, 12), (1, 3)]]
+    machine.add(requests[0])
+    machine.turn()
+    machine.add(*requests[1:])
+    assert shape(machine.turn())[1] == [("0", 0, 6, False), ("1", 0, 2, False)]  # 5 had one token of it
+    machine.run()
+    machine.expect(*requests)
 
 
 def test_who_came_back_stays_until_it_has_a_token() -> None:

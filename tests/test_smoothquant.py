@@ -109,12 +109,13 @@ def test_shapes_that_cuda_does_not_take_are_padded(M: int, N: int) -> None:
 
 @pytest.mark.parametrize("end", [{}, {"glu": True}, {"residual": True}, {"norm": True}, {"out_dtype": torch.float32}])
 def test_many_rows_on_a_gpu_are_a_product_of_integers(end: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, options = made(torch.randn(32, 64, dtype=torch.bfloat16)), dict(end)
-    x = torch.randn(most_rows("int8") + 1, 64).bfloat16()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    linear, options = made(torch.randn(32, 64, dtype=torch.bfloat16)).to(device), dict(end)
+    x = torch.randn(most_rows("int8") + 1, 64, device=device).bfloat16()
     if "residual" in end:
-        options["residual"] = torch.randn(len(x), 32).bfloat16()
+        options["residual"] = torch.randn(len(x), 32, device=device).bfloat16()
     if "norm" in end:
-        options |= {"norm": torch.rand(64).bfloat16(), "eps": 1e-5}
+        options |= {"norm": torch.rand(64, device=device).bfloat16(), "eps": 1e-5}
     rounded = linear.packed._replace(int8_inputs=False)
     exact = kernels.linear.linear_twin(
         x, rounded, **{k: v.clone() if k == "residual" else v for k, v in options.items()}
