@@ -4,13 +4,21 @@
 
 `--offline` runs the engine in this process on nano-vllm's benchmark: 256 prompts of random tokens, prompt and output
 lengths uniform in 100..1024, temperature 0.6, nothing ends an answer early.
+
+    python -m scripts.bench_serving --url http://127.0.0.1:8000 --rate 1 --rate 2 --rate 4 --plot load.png
+
+`--url` is the users of a server of the OpenAI API, one load after the other.
 """
 
+import asyncio
+import logging
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import checkpoint
@@ -19,16 +27,20 @@ import hardware
 from cache import KV_DTYPES, check_kv_dtype
 from quant.linears import RECIPES
 from sampling import SamplingParams
+from scripts import compare, traffic
 from serving.engine import Engine, EngineOptions
 from serving.request import Request
 
 if TYPE_CHECKING:
     from serving.runner import Runner
 
+log = logging.getLogger("tachyon")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     offline: bool = cli.option(False, "run the engine in this process, without HTTP")
+    url: str | None = cli.option(None, "send requests to the server at this address, as http://127.0.0.1:8000")
     checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py")
     requests: int = cli.option(256, "how many")
     min_len: int = cli.option(100, "tokens in a prompt, and in an answer, at least")
@@ -41,9 +53,33 @@ class Options:
     quantize: str | None = cli.option(None, "as for generate.py", choices=tuple(RECIPES))
     kv_dtype: str | None = cli.option(None, "as for generate.py", choices=tuple(KV_DTYPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
+    rate: tuple[str, ...] = cli.option(
+        (), "--url: requests a second, as they come by chance (default: all at once); several times for several loads"
+    )
+    lengths: str = cli.option("sharegpt", "--url: of prompts and answers", choices=("sharegpt", "fixed"))
+    prompt_len: int = cli.option(1024, "--url: tokens in a prompt; with --lengths sharegpt, at most")
+    new_tokens: int = cli.option(1024, "--url: tokens in an answer; with --lengths sharegpt, at most")
+    shared_prefix: int = cli.option(0, "--url: tokens that all prompts begin with, beside their own")
+    ttft_limit_ms: float | None = cli.option(None, "--url: goodput counts requests whose first token came within this")
+    inter_token_limit_ms: float | None = cli.option(None, "--url: and whose tokens came so fast on average")
+    e2e_limit_ms: float | None = cli.option(None, "--url: and that were done within this")
+    api_key: str | None = cli.option(None, "--url: the server's key")
+    plot: Path | None = cli.option(None, "--url: draw latency against load into this .png, .svg or .pdf")
     json: bool = cli.option(False, "print one JSON document")
 
     def __post_init__(self) -> None:
+        if self.offline == (self.url is not None):
+            raise ValueError("give --offline or --url URL, one of them")
+        if self.url is not None and not re.match("https?://[^/]", self.url):
+            raise ValueError(f"--url {self.url} is no address; write http://HOST:PORT")
+        for rate in self.rate:
+            if not re.fullmatch(r"\d+(\.\d*)?|\.\d+|inf", rate) or float(rate) <= 0:
+                raise ValueError(f"--rate must be a number above 0; got {rate}")
+        for name in ("prompt_len", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
+        if self.shared_prefix < 0:
+            raise ValueError(f"--shared-prefix must be at least 0; got {self.shared_prefix}")
         for name in ("requests", "min_len", "max_len", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
@@ -154,20 +190,73 @@ def show_offline(result: dict) -> Iterator[str]:
     yield f"peak memory    {result['peak_memory_gb']:9.2f} GB, {result['n_blocks']} blocks of {result['block_size']}"
 
 
+def online(options: Options) -> dict:
+    """The figures of each load on a running server."""
+    target = traffic.Target(url=options.url, api_key=options.api_key)
+    limits = {name: getattr(options, f"{name}_limit_ms") for name in ("ttft", "inter_token", "e2e")}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    loads = []
+
+    async def run() -> str:
+        model = (await target.ask("GET", "/v1/models"))["data"][0]["id"]
+        vocabulary = (await target.ask("POST", "/tokenize", {"model": model, "prompt": traffic.SAMPLE_TEXT}))["tokens"]
+        for number, rate in enumerate(options.rate or ("inf",)):
+            asks = traffic.plan(
+                sorted(set(vocabulary)),
+                requests=options.requests,
+                rate=float(rate),
+                like=options.lengths,
+                prompt=options.prompt_len,
+                answer=options.new_tokens,
+                shared_prefix=options.shared_prefix,
+                seed=options.seed + number,  # no load finds the prompts of the one before in the cache
+            )
+            seen = await traffic.drive(target, asks, model=model, temperature=options.temperature)
+            loads.append({"rate": float(rate) if rate != "inf" else None, **traffic.summary(seen, limits)})
+            log.info(f"{rate} requests a second: {loads[-1]['completed']} of {len(asks)} answered")
+        return model
+
+    model = asyncio.run(run())
+    named = ("url", "requests", "lengths", "prompt_len", "new_tokens", "shared_prefix", "temperature", "seed")
+    return {"model": model, **{name: getattr(options, name) for name in named}, "limits_ms": limits, "loads": loads}
+
+
+def show_online(result: dict) -> Iterator[str]:
+    yield f"{result['model']} at {result['url']}, {result['requests']} requests for each load"
+    yield "  rate  answered  req/s  good/s  tok/s | ms to the first token   | ms between tokens     | ms to the end"
+    yield "                                       |   p50     p90     p99   |   p50    p90    p99   |    p50      p99"
+    for load in result["loads"]:
+        rate = "all" if load["rate"] is None else f"{load['rate']:g}"
+        good = "-" if load["goodput_request_s"] is None else f"{load['goodput_request_s']:.2f}"
+        line = f"{rate:>6} {load['completed']:9} {load['request_s']:6.2f} {good:>7} {load['output_tok_s']:6.0f} |"
+        if load["completed"]:
+            first, whole = load["ttft_ms"], load["e2e_ms"]
+            between = load["inter_token_ms"] or dict.fromkeys(first, 0.0)  # of answers of one token
+            line += "".join(f"{first[p]:7.0f} " for p in ("p50", "p90", "p99")) + " |"
+            line += "".join(f"{between[p]:6.1f} " for p in ("p50", "p90", "p99")) + "  |"
+            line += "".join(f"{whole[p]:8.0f} " for p in ("p50", "p99"))
+        yield line + (f" failed: {load['failed']}" if load["failed"] else "")
+
+
 def main(arguments: list[str]) -> None:
     parser = cli.Parser(prog="python -m scripts.bench_serving", description=__doc__.split("\n\n")[0])
     cli.add_options(parser, Options)
     cli.add_options(parser, EngineOptions)
     parsed = parser.parse_args(arguments)
     options, engine_options = cli.take_options(Options, parsed), cli.take_options(EngineOptions, parsed)
-    if not options.offline:
-        raise ValueError("say --offline")
-    checkpoint.cache_dir()  # holds what the compiled code needs: fails now rather than after the work
-    result = offline(options, engine_options)
+    if options.plot is not None:
+        compare.check_plot(options.plot)
+    if options.offline:
+        checkpoint.cache_dir()  # holds what the compiled code needs: fails now rather than after the work
+        result = offline(options, engine_options)
+    else:
+        result = online(options)
+    if options.plot is not None:
+        traffic.plot(result["loads"], options.plot)
     if options.json:
         cli.print_json(result)
     else:
-        print(*show_offline(result), sep="\n")
+        print(*(show_offline if options.offline else show_online)(result), sep="\n")
 
 
 if __name__ == "__main__":

@@ -233,6 +233,7 @@ class Engine:
             self._thread.join(drain_s + 30)  # a device that hangs must not keep the process
             if self._thread.is_alive():
                 log.error("the device has not answered for 30 s; leaving it")
+            gc.unfreeze()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Outputs of requests until all are done. Limits of the queue do not apply; a request at fault stops all."""

@@ -191,9 +191,9 @@ class Runner:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
         else:
             logits = self._logits(x)
-            at += 1
             if greedy:
                 torch.argmax(logits, -1, out=tokens)
+            at += 1
         self.state[:, index] = state
         return (tokens, None) if greedy else (None, logits)
 

@@ -1,5 +1,6 @@
 """An engine without a model, and a real server around it: what the API's tests talk to."""
 
+import json
 import socket
 import threading
 import time
@@ -142,6 +143,12 @@ class Live:
         while not condition():
             assert time.monotonic() < deadline, "it did not come to that"
             time.sleep(0.002)
+
+
+def request_bytes(body: dict, path: str = "/v1/completions") -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
 
 
 @contextmanager

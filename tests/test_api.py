@@ -14,7 +14,7 @@ import pytest
 
 from serving.engine import EngineStats
 from serving.request import Request
-from tests.fake_engine import Live, serve
+from tests.fake_engine import Live, request_bytes, serve
 from tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "hello there, naïve 你好 world"
@@ -396,12 +396,6 @@ def test_unknown_routes_and_methods_have_error_objects(live: Live) -> None:
 
 
 # ---- Readers --------------------------------------------------------------------------------------------------------
-
-
-def request_bytes(body: dict, path: str = "/v1/completions") -> bytes:
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -299,13 +299,13 @@ def test_a_graph_of_a_larger_size_computes_the_same(model: Transformer) -> None:
     runner = new_runner(model, max_running=6)
     requests = [ask(str(i), prompt_of(5 + i, i), max_new_tokens=20) for i in range(3)]
     step = runner._step
-    runner._step = lambda size, fused: step(6, fused)
+    runner._step = lambda size, greedy: step(6, greedy)
     served = serve(runner, *requests)
     for request in requests:
         assert served.tokens[request.id, 0] == alone(model, request)
     assert 0 < runner.position[runner.null_row] < 20
     runner.prepare(6)
-    assert runner.position[runner.null_row] == 2  # from the beginning, a step of each kind
+    assert runner.position[runner.null_row] == 2  # a step each of two kinds
 
 
 def test_a_runner_takes_the_memory_it_is_given(model: Transformer) -> None:
