@@ -2,14 +2,16 @@
 
 What a sequence's next step needs stays on the device, in tables by slot: its newest token, where that goes, its
 blocks. A step sends what it changes there in one small copy. One that only decodes sends nothing else: on CUDA it is
-a graph over the tables, of which there is one for each of some batch sizes. Nothing here waits for the device but
-`Ticket.wait`, for its own step. Who a row belongs to and when it ends is the scheduler's.
+a graph over the tables, of which there is one for each of some batch sizes; so is one with prompts, if those are short.
+Nothing here waits for the device but `Ticket.wait`, for its own step. Who a row belongs to and when it ends is the
+scheduler's.
 """
 
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
     from kernels.decoder import Decoder
     from serving.engine import EngineOptions
 
+T = TypeVar("T")
+
+# What mixed steps are padded to, to be graphs: tokens of prompts, and prompts, of which one pads.
+MIXED_TOKENS, MIXED_PROMPTS = (32, 128, 256, 512, 1024, 2048), 8
 FUSED_ROWS = 16  # up to so many greedy rows, the head's kernel finds the largest logits and writes none
 
 
@@ -91,8 +97,12 @@ class Runner:
         self.decoded: Rows | None = None
         self.sizes = torch.arange(max_running + 1, dtype=torch.int32, device=self.device)
         self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
+        self.captures = self.kernels and self.overlaps
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
+        # Of steps that are mixed, by their size.
+        self.mixed_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.mixed_inputs: dict[tuple[int, int], list[Tensor]] = {}
 
     @torch.no_grad()
     def launch(self, step: Step) -> Ticket:
@@ -132,27 +142,52 @@ class Runner:
             self.cache.copy(*hardware.send(self.device, *np.array(step.copies).T))
 
     def _mixed(self, step: Step, rows: Rows) -> Tensor:
-        """One forward over decodes and prefills: logits [n, V] of those that sample."""
-        works, D = [*step.decodes, *step.prefills], len(step.decodes)
-        ends = list(itertools.accumulate(work.count for work in works))
-        tokens, at = np.zeros(ends[-1], dtype=np.int64), np.empty(ends[-1], dtype=np.int64)
-        for i, (work, end) in enumerate(zip(works, ends, strict=True)):
-            here = slice(end - work.count, end)
-            at[here] = np.arange(work.start, work.start + work.count)
-            if i >= D:
-                tokens[here] = work.sequence.tokens[work.start : work.start + work.count]
-        tokens, at, last, slots, starts = hardware.send(
-            self.device,
-            tokens,
-            at,
-            np.array([end - 1 for work, end in zip(works, ends, strict=True) if work.samples], dtype=np.int64),
-            np.array([work.sequence.slot for work in works], dtype=np.int32),
-            np.array([D, *ends[D:]], dtype=np.int32),
-        )
+        """One forward over decodes and prefills: logits [n, V] of those that sample.
+
+        On the device a step of few tokens takes less time than its launches take on the host. Padded to one of a few
+        sizes it is a graph too: the first step of a size runs as it is, the second is captured.
+        """
+        size = self._mixed_size(step)
+        inputs = hardware.send(self.device, *lay_out(step, self.null_row, size))
+        if size is None:
+            return self._mixed_step(*inputs, len(step.decodes), max(work.count for work in step.prefills))
+        if size not in self.mixed_inputs:
+            self.mixed_inputs[size] = inputs
+            return self._mixed_step(*inputs, *size)[: len(rows.slots)]
+        for static, new in zip(self.mixed_inputs[size], inputs, strict=True):
+            static.copy_(new)
+        if size not in self.mixed_graphs:
+            run = functools.partial(self._mixed_step, *self.mixed_inputs[size], *size)
+            self.mixed_graphs[size] = self._capture(run)
+        graph, logits = self.mixed_graphs[size]
+        graph.replay()
+        return logits[: len(rows.slots)]
+
+    def _capture(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph of what `run` enqueues, which does not run yet, and where its results will be."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.graph_pool):
+            results = run()
+        return graph, results
+
+    def _mixed_size(self, step: Step) -> tuple[int, int] | None:
+        """To how many decodes and tokens of prompts to pad a step for a graph; None if it is run as it is."""
+        if not self.captures or len(step.prefills) >= MIXED_PROMPTS:
+            return None
+        decodes, tokens = len(step.decodes), sum(work.count for work in step.prefills)
+        size = next((n for n in MIXED_TOKENS if tokens <= n <= self.max_seq_len), None)
+        if size is None:
+            return None
+        return min(n for n in (0, 8, 32, 128, self.max_running) if decodes <= n <= self.max_running), size
+
+    def _mixed_step(
+        self, tokens: Tensor, at: Tensor, last: Tensor, drawn: Tensor, slots: Tensor, starts: Tensor, D: int, most: int
+    ) -> Tensor:
+        """What `lay_out` gives, run: logits of the tokens at `last`. No prompt has more than `most` tokens."""
         tokens[:D] = self.newest[slots[:D]]
-        longest = max(work.count for work in step.prefills)
-        x = self._hidden(tokens, at, slots, D, starts, longest)
-        self.position[rows.index] = at[last] + 1
+        x = self._hidden(tokens, at, slots, D, starts, most)
+        self.position[drawn] = at[last] + 1
+        self.position[self.null_row :].zero_()
         return self._logits(x[:, last])
 
     def _decode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
@@ -227,11 +262,41 @@ class Runner:
         self.decoded = None
         for greedy in (True, False):
             self._step(size, greedy)
-            if self.graph_pool is not None and self.kernels:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.graph_pool):
-                    results = self._step(size, greedy)
+            if self.captures:
+                graph, results = self._capture(functools.partial(self._step, size, greedy))
                 self.graphs[size, greedy] = graph, *results
+
+
+def lay_out(step: Step, null_row: int, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    """A step's tokens [T], their positions [T]; which of them are sampled from [n], and for which slots [n]; the slots
+    of its sequences [R] and where the tokens of those after the decodes begin, as a `PagedBatch` has them.
+
+    With `size`, decodes and tokens of prompts, the null row takes the place of what the step has less: as so many
+    decodes, as empty prompts, and as a last of `MIXED_PROMPTS`, which has all the tokens that are missing.
+    """
+    D, P = len(step.decodes), len(step.prefills)
+    decodes, tokens = size or (D, sum(work.count for work in step.prefills))
+    T, prompts = decodes + tokens, P if size is None else MIXED_PROMPTS
+    ids, at = np.zeros(T, dtype=np.int64), np.zeros(T, dtype=np.int64)
+    slots = np.full(decodes + prompts, null_row, dtype=np.int32)
+    starts = np.full(prompts + 1, T, dtype=np.int32)
+    drawn = [(i, work.sequence.slot) for i, work in enumerate(step.decodes)]
+    at[:D] = [work.start for work in step.decodes]
+    slots[:D] = [slot for _, slot in drawn]
+    begin = decodes
+    for i, (sequence, start, count, samples, *_) in enumerate(step.prefills):
+        end = begin + count
+        ids[begin:end] = sequence.tokens[start : start + count]
+        at[begin:end] = np.arange(start, start + count)
+        slots[decodes + i], starts[i] = sequence.slot, begin
+        if samples:
+            drawn.append((end - 1, sequence.slot))
+        begin = end
+    starts[P:prompts] = begin
+    n = len(drawn) if size is None else len(slots)
+    drawn += [(0, null_row)] * (n - len(drawn))
+    last, rows = np.array(drawn, dtype=np.int64).reshape(n, 2).T
+    return [ids, at, last, rows, slots, starts]
 
 
 def buckets(most: int) -> list[int]:
