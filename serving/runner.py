@@ -150,18 +150,19 @@ class Runner:
         size = self._mixed_size(step)
         inputs = hardware.send(self.device, *lay_out(step, self.null_row, size))
         if size is None:
-            return self._mixed_step(*inputs, len(step.decodes), max(work.count for work in step.prefills))
-        if size not in self.mixed_inputs:
+            x = self._mixed_step(*inputs, len(step.decodes), max(work.count for work in step.prefills))
+        elif size not in self.mixed_inputs:
             self.mixed_inputs[size] = inputs
-            return self._mixed_step(*inputs, *size)[: len(rows.slots)]
-        for static, new in zip(self.mixed_inputs[size], inputs, strict=True):
-            static.copy_(new)
-        if size not in self.mixed_graphs:
-            run = functools.partial(self._mixed_step, *self.mixed_inputs[size], *size)
-            self.mixed_graphs[size] = self._capture(run)
-        graph, logits = self.mixed_graphs[size]
-        graph.replay()
-        return logits[: len(rows.slots)]
+            x = self._mixed_step(*inputs, *size)
+        else:
+            for static, new in zip(self.mixed_inputs[size], inputs, strict=True):
+                static.copy_(new)
+            if size not in self.mixed_graphs:
+                run = functools.partial(self._mixed_step, *self.mixed_inputs[size], *size)
+                self.mixed_graphs[size] = self._capture(run)
+            graph, x = self.mixed_graphs[size]
+            graph.replay()
+        return self._logits(x[:, : len(rows.slots)])  # in no graph, each of which would keep memory for its own
 
     def _capture(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
         """A graph of what `run` enqueues, which does not run yet, and where its results will be."""
@@ -183,12 +184,12 @@ class Runner:
     def _mixed_step(
         self, tokens: Tensor, at: Tensor, last: Tensor, drawn: Tensor, slots: Tensor, starts: Tensor, D: int, most: int
     ) -> Tensor:
-        """What `lay_out` gives, run: logits of the tokens at `last`. No prompt has more than `most` tokens."""
+        """What `lay_out` gives, run: [1, n, C] for the tokens at `last`. No prompt has more than `most` tokens."""
         tokens[:D] = self.newest[slots[:D]]
         x = self._hidden(tokens, at, slots, D, starts, most)
         self.position[drawn] = at[last] + 1
         self.position[self.null_row :].zero_()
-        return self._logits(x[:, last])
+        return x[:, last]
 
     def _decode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """A step of running sequences: the tokens [n] of their largest logits if all are greedy, else logits [n, V]."""
@@ -238,7 +239,8 @@ class Runner:
 
     def _logits(self, x: Tensor) -> Tensor:
         """[n, V] from x [1, n, C]."""
-        return self.decoder.logits(x)[0] if x.shape[1] else x.new_zeros(0, self.vocab_size)
+        logits = self.decoder.logits(x)[0] if x.shape[1] else x.new_zeros(0, self.vocab_size)
+        return logits.float() if logits.device.type == "cpu" else logits  # where an argmax over bf16 is slow
 
     # ---- Getting ready -----------------------------------------------------------------------------------------------
 
@@ -332,6 +334,8 @@ def make_runner(
     if compile:
         decoder = compile_model(model, max_seq_len=model.config.max_seq_len, batch_size=options.max_running)
     block_size = options.block_size or (64 if device.type == "cuda" else 16)
+    # On a CPU a long step would hold up all answers for seconds.
+    max_step_tokens = options.max_step_tokens or max(8192 if device.type == "cuda" else 512, options.max_running)
     block_bytes = sum(x.nbytes for x in _storage(model, 1, block_size, kv_dtype, "meta"))
 
     def new(n_blocks: int, n_host_blocks: int = 0) -> Runner:
@@ -340,14 +344,14 @@ def make_runner(
             n_blocks=n_blocks,
             block_size=block_size,
             max_running=options.max_running,
-            max_step_tokens=options.max_step_tokens,
+            max_step_tokens=max_step_tokens,
             n_host_blocks=n_host_blocks,
             kv_dtype=kv_dtype,
             decoder=decoder,
         )
 
     if options.kv_cache_gb is None and device.type == "cuda":
-        fitting = -(-min(model.config.max_seq_len, options.max_step_tokens) // block_size) + 1
+        fitting = -(-min(model.config.max_seq_len, max_step_tokens) // block_size) + 1
         memory = free_memory(device, options.gpu_memory_utilization, lambda: new(fitting))
         remedy = "raise --gpu-memory-utilization or lower --max-step-tokens"
     else:

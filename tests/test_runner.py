@@ -359,6 +359,13 @@ def test_what_steps_need_and_what_is_not_ours_is_not_the_caches(
     assert free_memory(torch.device("cuda"), 0.9, lambda: runner) == pytest.approx(70e9 - 3e9 - 8e9)
 
 
+def test_a_cpus_steps_are_short_and_have_room_for_all_that_run(model: Transformer) -> None:
+    sizes = {(0, 4): 512, (0, 600): 600, (32, 4): 32}
+    for (most, running), tokens in sizes.items():
+        options = EngineOptions(kv_cache_gb=0.001, max_running=running, max_step_tokens=most)
+        assert make_runner(model, options).max_step_tokens == tokens
+
+
 def test_a_cache_without_room_is_refused(model: Transformer) -> None:
     with pytest.raises(ValueError, match="--kv-cache-gb") as error:
         make_runner(model, EngineOptions(kv_cache_gb=1e-6))
