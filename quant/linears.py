@@ -676,6 +676,14 @@ RECIPES = {
 }
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a decode step reads: each once, but the embedding, of which it reads a row."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    del weights["embed.weight"]  # where that is the head as well, it stays in the list by its other name
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(part.nbytes for part in (*weights.values(), *linears))
+
+
 def settle_model(model: Transformer) -> None:
     """Bring the codes of all linears into this CPU's order; interrupted, it leaves a model that is of no use."""
     for module in model.modules():
