@@ -392,8 +392,8 @@ class Options:
     prompt: str | None = cli.option(None, "text to continue; without it or --prompt-file, standard input is the prompt")
     prompt_file: Path | None = cli.option(
         None,
-        "one prompt a line, or a JSON list of strings; a .jsonl file has a JSON object or string a line, of any number, "
-        "and an answer is printed as a line of JSON when it is done",
+        "one prompt a line, or a JSON list of strings; a .jsonl file has a JSON object or string a line, any number of "
+        "them, and an answer is printed as a line of JSON when it is done",
     )
     chat: bool = cli.option(False, "put each prompt into the model's chat template")
     system: str | None = cli.option(None, "system message for --chat and --interactive")
@@ -586,8 +586,8 @@ def run_lines(options: Options, params: SamplingParams, source: checkpoint.Check
         if options.json:
             samples += job.samples
             continue
-        for sample in job.samples:
-            print(json.dumps(sample, ensure_ascii=False), flush=True)
+        for line in job.samples:
+            print(json.dumps(line, ensure_ascii=False), flush=True)
     seconds, counts = time.perf_counter() - start, engine.stats()
     stats = {
         "prompt_tokens": counts.prompt_tokens,
