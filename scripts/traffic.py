@@ -5,6 +5,7 @@ How long prompts and answers are is drawn before anything is sent, so a seed giv
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import random
@@ -42,12 +43,15 @@ class Target:
         reader, writer = await asyncio.open_connection(
             parts.hostname, parts.port or (443 if secure else 80), ssl=ssl.create_default_context() if secure else None
         )
-        writer.write(self.head(method, path, len(data)) + data)
-        status = int((await reader.readline()).split()[1])
-        headers = {}
-        while line := (await reader.readline()).strip():
-            name, _, value = line.decode("latin-1").partition(":")
-            headers[name.lower()] = value.strip()
+        with contextlib.ExitStack() as failing:
+            failing.callback(writer.close)
+            writer.write(self.head(method, path, len(data)) + data)
+            status = int((await reader.readline()).split()[1])
+            headers = {}
+            while line := (await reader.readline()).strip():
+                name, _, value = line.decode("latin-1").partition(":")
+                headers[name.lower()] = value.strip()
+            failing.pop_all()
         headers["writer"] = writer  # whoever reads the body closes it
         return status, reader, headers
 

@@ -15,6 +15,8 @@ from serving.request import Output, Request, TokenLogprobs
 from serving.server import Server, bind
 from tokenizer import Tokenizer
 
+WAITING = 3  # what it says of its queue
+
 
 class FakeEngine:
     """The engine's interface: each turn gives every sample the next token of what `script` says is its answer."""
@@ -63,8 +65,8 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self.live),
-            waiting=3,
-            kv_usage=0.25,
+            waiting=WAITING,
+            kv_usage=0.25 if self.live or WAITING else 0.0,
             prefix_hits=2,
             prefix_queries=9,
             preemptions=1,

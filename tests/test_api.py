@@ -393,6 +393,8 @@ def test_unknown_routes_and_methods_have_error_objects(live: Live) -> None:
     assert httpx.get(live.url + "/v1/nothing").status_code == 404
     wrong = httpx.get(live.url + "/v1/completions")
     assert wrong.status_code == 405 and "POST" in wrong.headers["allow"] and message_of(wrong)
+    assert httpx.post(live.url + "/health").status_code == 405
+    assert httpx.post(live.url + "/v1/completions").status_code == 400
 
 
 # ---- Readers --------------------------------------------------------------------------------------------------------

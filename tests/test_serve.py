@@ -374,10 +374,25 @@ def test_the_official_client_talks_to_the_built_in_model(tmp_path: Path) -> None
     from checkpoint import cache_dir
 
     with command("--kv-cache-gb", 0.1, "--max-step-tokens", 256, cache=cache_dir()) as (process, url):
+        for line in curl_lines():
+            shown = subprocess.run(
+                line.replace("http://127.0.0.1:8000", url), shell=True, capture_output=True, text=True
+            )
+            assert shown.returncode == 0 and shown.stdout, line + shown.stderr
+            if "PIN" in line:
+                assert re.fullmatch("[0-9]{4}", json.loads(shown.stdout)["choices"][0]["text"])
         with openai.OpenAI(base_url=url + "/v1", api_key="unused", max_retries=0, timeout=120) as client:
             _talk(client)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def curl_lines() -> list[str]:
+    """The README's, word for word."""
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^    (curl .*(?:\n      .*)*)", text[text.index("## Serve") :], re.MULTILINE)
+    assert len(lines) == 6
+    return [line.replace("curl ", "curl --fail -sS ", 1) for line in lines]
 
 
 def _talk(client: openai.OpenAI) -> None:
