@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import cache
 import model
+import paged
 from hardware import device_name
 from kernels import codes, int8
 from quant import linears
@@ -85,7 +86,7 @@ class _Layer:
 
     def __call__(self, x: Tensor, step: model.Step, kv: cache.LayerCache) -> Tensor:
         mask = step.window_mask if self.sliding else step.mask
-        if isinstance(kv, cache.PagedLayer):
+        if isinstance(kv, paged.PagedLayer):
             seen, stored, block_size = self._decodes(x, mask, kv), kv.pool.tensors, kv.k.shape[1]
         else:
             seen = None if x.shape[:2] != (1, 1) or mask is None or mask.shape[-1] == 1 else [mask]
@@ -96,7 +97,7 @@ class _Layer:
         y = library([x, step.cos, step.sin, step.input_pos, *seen, *stored, *self.weights])
         return self.compiled(x, step, kv) if y is None else y
 
-    def _decodes(self, x: Tensor, parts: Sequence[cache.Part], kv: cache.PagedLayer) -> list[Tensor] | None:
+    def _decodes(self, x: Tensor, parts: Sequence[paged.Part], kv: paged.PagedLayer) -> list[Tensor] | None:
         """What a library has to know of the blocks where all x [1, T, C] are single tokens; None where they are not."""
         blocks, rows = parts[0].blocks, x.shape[1]
         # A dynamic size starts at 2.
@@ -158,18 +159,16 @@ class _PagedLayerFunction(_LayerFunction):
 
     def cache_of(self, tensors: Sequence[Tensor], x: Tensor, input_pos: Tensor) -> tuple:
         blocks, block, slot, *stored = tensors
-        view = cache.PagedView([cache.layer_of(stored, x.dtype)], batch=None)
+        view = paged.PagedView([cache.layer_of(stored, x.dtype)], batch=None)
         view.places = block, slot
         length = blocks.shape[1] * stored[0].shape[1]
         mask = cache.masks_of(input_pos.view(-1, 1), length, self.window)[1]
-        return [cache.Part(slice(None), blocks, length, mask)], view.layers[0]
+        return [paged.Part(slice(None), blocks, length, mask)], view.layers[0]
 
     def dynamic_shapes(self, count: int) -> list:
-        N, n_blocks = (torch.export.Dim(name, min=2, max=1 << 24) for name in ("N", "n_blocks"))
-        B, weights = (
-            torch.export.Dim("B", min=2, max=1 << 16) if self.several else torch.export.Dim.STATIC,
-            len(self.names),
-        )
+        Dim, weights = torch.export.Dim, len(self.names)
+        N, n_blocks = (Dim(name, min=2, max=1 << 24) for name in ("N", "n_blocks"))
+        B = Dim("B", min=2, max=1 << 16) if self.several else Dim.STATIC
         stored = [{0: n_blocks}] * (count - 7 - weights)
         return [*[{1: B}] * 4, {0: B, 1: N}, {0: B}, {0: B}, *stored, *[None] * weights]
 
@@ -229,7 +228,7 @@ class _Library:
 
     def _key(self, inputs: list[Tensor]) -> str:
         """Everything that the compiled code depends on: a stale library would compute another model."""
-        modules = (model, cache, codes, linears, int8, sys.modules[__name__])
+        modules = (model, cache, paged, codes, linears, int8, sys.modules[__name__])
         sources = [inspect.getsource(module) for module in modules]
         tensors = [(t.dtype, t.dim()) for t in inputs]
         facts = (self.kind, sources, tensors, torch.__version__, device_name(torch.device("cpu")))

@@ -10,6 +10,7 @@ name, and knows nothing of how the model is run.
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -385,8 +386,11 @@ def save_model(
         "pad_token_id": None,
     }
     directory.parent.mkdir(parents=True, exist_ok=True)
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.part"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and not _runs(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
     part = directory.with_name(f".{directory.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process that had our number
     part.mkdir()
     try:
         _write_json(part / "config.json", config | special)
@@ -415,6 +419,17 @@ def save_model(
         part.replace(directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)  # already gone, unless something failed
+
+
+def _runs(number: int) -> bool:
+    """Whether there is another process of that number."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return number != os.getpid()
 
 
 def export_scheme(recipe: Recipe, config: ModelConfig) -> export.Scheme:

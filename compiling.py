@@ -27,7 +27,7 @@ def compile_model(model: Transformer, *, max_seq_len: int, batch_size: int) -> "
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(checkpoint.cache_dir() / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(checkpoint.cache_dir() / "triton"))
     device = model.embed.weight.device
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
+    if has_kernels(device):
         from kernels.decoder import Decoder
 
         return Decoder(model, max_seq_len=max_seq_len, batch_size=batch_size)
@@ -42,3 +42,7 @@ def compile_model(model: Transformer, *, max_seq_len: int, batch_size: int) -> "
         model.begin = torch.compile(model.begin, fullgraph=True, dynamic=True)
         model.logits = torch.compile(model.logits, fullgraph=True, dynamic=True)
     return model
+
+
+def has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -8,6 +8,7 @@ The host looks at tokens some steps late and drops what was decoded past an end.
 line: prompts in, text, samples and figures out.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -373,6 +374,10 @@ def weights_of(stats: dict) -> str:
 CHAT_CONTEXT = 16384  # a cache of the whole context of a model made for 128k may not fit beside it
 
 
+SERVING = ("serve", "checkpoint", "compile", "dtype", "quantize", "kv-dtype", "device", "max-seq-len")
+NOT_IN_A_CHAT = ("prompt", "prompt-file", "json", "echo", "profile", "num-samples", "batch-size")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What the command line decides, sampling apart."""
@@ -387,6 +392,7 @@ class Options:
     chat: bool = cli.option(False, "put each prompt into the model's chat template")
     system: str | None = cli.option(None, "system message for --chat and --interactive")
     interactive: bool = cli.option(False, "chat: /reset, /stats, /save FILE, Ctrl-C stops an answer, Ctrl-D leaves")
+    serve: bool = cli.option(False, "serve the OpenAI API over HTTP; --serve --help lists what a server can be told")
     compile: bool = cli.option(False, "compile the model; on CUDA, decode in CUDA graphs")
     max_new_tokens: int = cli.option(256, "length of an answer at most")
     stop: tuple[str, ...] = cli.option((), "end an answer before this text; may be given several times", metavar="TEXT")
@@ -414,11 +420,12 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
-        if self.interactive:
-            for name in ("prompt", "prompt_file", "json", "echo", "profile", "num_samples", "batch_size"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    flag = name.replace("_", "-")
-                    raise ValueError(f"--interactive reads its prompts from you, one at a time; leave out --{flag}")
+        fields = dataclasses.fields(self)
+        given = [field.name.replace("_", "-") for field in fields if getattr(self, field.name) != field.default]
+        if self.serve and (others := [name for name in given if name not in SERVING]):
+            raise ValueError(f"--serve takes everything else from its requests; leave out --{others[0]}")
+        if self.interactive and (others := [name for name in given if name in NOT_IN_A_CHAT]):
+            raise ValueError(f"--interactive reads its prompts from you, one at a time; leave out --{others[0]}")
         if self.prompt is not None and self.prompt_file:
             raise ValueError("give --prompt or --prompt-file, not both")
         if "" in self.stop:
@@ -530,12 +537,56 @@ def _print_head(index: int, prompts: list[str], options: Options) -> None:
         print(prompts[index], end="", flush=True)
 
 
+def serve(options: Options, parsed: argparse.Namespace) -> None:
+    """Load the model and answer requests until a signal ends it."""
+    from serving import server
+
+    engine_options, server_options = server.take_options(parsed)
+    device = hardware.pick_device(options.device)
+    check_kv_dtype(options.kv_dtype, device)
+    checkpoint.cache_dir()  # holds what is compiled: fails now rather than after the work
+    with server.bind(server_options) as bound:  # likewise
+        source = checkpoint.open_checkpoint(options.checkpoint)
+        tokenizer = source.tokenizer  # ValueError where there is none, before the weights are read
+        dtype = hardware.DTYPES[options.dtype]
+        model = checkpoint.load_model(
+            source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress
+        )
+        service = server.make_service(
+            model,
+            tokenizer,
+            name=source.name,
+            eos_ids=source.eos_ids,
+            engine_options=engine_options,
+            options=server_options,
+            max_seq_len=options.max_seq_len,
+            kv_dtype=options.kv_dtype,
+            compile=options.compile,
+        )
+        server.run(service, bound)
+
+
+def add_server_options(parser: cli.Parser) -> None:
+    try:
+        from serving import server
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--serve needs {error.name}, which `pip install -e .[serve]` brings") from None
+    server.add_options(parser)
+
+
 def main(arguments: list[str]) -> None:
     parser = cli.Parser(description="Generate text with a decoder-only language model.")
     cli.add_options(parser, Options)
     cli.add_options(parser, SamplingParams, texts=SAMPLING_HELP)
+    if "--serve" in arguments:
+        add_server_options(parser)
     parsed = parser.parse_args(arguments)
     options = cli.take_options(Options, parsed)
+    if options.serve:
+        params = cli.take_options(SamplingParams, parsed, skip=("seed",))
+        if params != SamplingParams():
+            raise ValueError("--serve takes sampling parameters from its requests; leave them out")
+        return serve(options, parsed)
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     params = dataclasses.replace(cli.take_options(SamplingParams, parsed, skip=("seed",)), seed=seed)
     device, dtype = hardware.pick_device(options.device), hardware.DTYPES[options.dtype]

@@ -78,14 +78,14 @@ def send(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
     tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in arrays]
     if device.type != "cuda":
         return [x.to(device) for x in tensors]
-    ends = list(itertools.accumulate(-(-x.nbytes // 16) * 16 for x in tensors))
+    offsets = [0, *itertools.accumulate(-(-x.nbytes // 16) * 16 for x in tensors)]
     # torch gives pinned memory away again when copies from it are done, so nobody has to guard it.
-    there = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
-    here = torch.empty_like(there, device=device, pin_memory=False)
+    there = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
+    here = torch.empty(offsets[-1], dtype=torch.uint8, device=device)
     sent = []
-    for x, begin in zip(tensors, [0, *ends], strict=False):
-        from_host, on_device = (y[begin : begin + x.nbytes].view(x.dtype).view(x.shape) for y in (there, here))
-        from_host.copy_(x)
+    for x, begin in zip(tensors, offsets, strict=False):
+        on_host, on_device = (y[begin : begin + x.nbytes].view(x.dtype).view(x.shape) for y in (there, here))
+        on_host.copy_(x)
         sent.append(on_device)
     here.copy_(there, non_blocking=True)
     return sent

@@ -35,7 +35,7 @@ from quant.linears import GROUPS, PIECE, Codes, QuantizedLinear, Recipe, Storage
 from quant.recipes import read_rules, storages, with_rules
 from quant.resume import WorkFolder, fingerprint
 
-METHODS_VERSION = 1  # to be raised where a method chooses other codes: no run goes on from layers of another
+METHODS_VERSION = 2  # to be raised where a method chooses other codes: no run goes on from layers of another
 
 
 class Report:
@@ -145,8 +145,6 @@ class Options:
             raise ValueError(
                 "--method rtn looks at no activations; leave out --calibration, or use --method gptq or --method awq"
             )
-        if self.method == "gptq" and self.format == "fp":
-            raise ValueError("--method gptq chooses integers; leave out --format fp")
         if self.method == "awq" and (self.bits == 8 or self.format == "fp"):
             raise ValueError(
                 f"--method awq goes with --bits 4 or 3 --format int; got --bits {self.bits} --format {self.format}, "
@@ -182,9 +180,7 @@ class Options:
     def recipe_for(self, config: ModelConfig) -> Recipe:
         """How the linears of a model are to be stored; ValueError where that cannot be."""
         format = "w8a8" if self.method == "smoothquant" else f"{self.format}{self.bits}"
-        head = "fp8" if format == "fp8" else "int8"
-        if self.export is not None:
-            head = "float"
+        head = "int8" if self.export is None else "float"
         group_size = self.group_size or GROUPS[0]
         rules = [(pattern, Storage("float")) for pattern in self.exclude]
         if self.recipe is not None:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cache import PagedLayer, PagedView, StaticCache, StaticLayer
+from cache import StaticCache, StaticLayer
 from kernels import attention, elementwise, linear, paged, tuning
 from kernels.attention import Heads, Pages
 from kernels.weight import Weight, most_rows
 from model import Block, Transformer
+from paged import PagedLayer, PagedView
 
 
 class Decoder:

@@ -53,7 +53,7 @@ def prompt_attention_twin(
         y = F.scaled_dot_product_attention(
             queries, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
         )
-        out[begin:end] = y.transpose(1, 2).reshape(end - begin, -1)
+        out[begin:end] = y.transpose(1, 2).flatten(2)[0]
     return out
 
 

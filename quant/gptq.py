@@ -12,7 +12,17 @@ one triangular matrix, computed once.
 import torch
 from torch import Tensor
 
-from quant.linears import GROUPS, Codes, Int4Linear, Int8Linear, QuantizedLinear, code_range, grid
+from quant.linears import (
+    GROUPS,
+    Codes,
+    Fp8Linear,
+    Int4Linear,
+    QuantizedLinear,
+    code_range,
+    fp8_scale,
+    grid,
+    nearest_fp8,
+)
 
 AIM = 0.01  # for `calibrate`: the ridge of the regression that makes good what linears before have spoilt
 MOST_DAMPING = 1.0  # in mean diagonals of H: with as much added, rounding errors hardly move to other inputs
@@ -23,14 +33,14 @@ def choose_codes(
 ) -> Codes:
     """`gptq` for the layout of `linear`, which is to hold weight [N, K]; as `calibrate.Method` wants it.
 
-    Floats of 8 bits are rounded to nearest. ValueError as `gptq`.
+    ValueError as `gptq`.
     """
     if isinstance(linear, Int4Linear):
-        return gptq(weight, hessian, **linear.rounding, act_order=act_order, damping=damping)
-    if isinstance(linear, Int8Linear):
+        options = linear.rounding
+    else:
         options = {"bits": 8, "group": 0, "symmetric": True, "dtype": torch.float32}
-        return gptq(weight, hessian, **options, act_order=act_order, damping=damping)
-    return linear.quantize(weight)
+        options["floats"] = isinstance(linear, Fp8Linear)
+    return gptq(weight, hessian, **options, act_order=act_order, damping=damping)
 
 
 def gptq(
@@ -41,6 +51,7 @@ def gptq(
     group: int,
     symmetric: bool,
     dtype: torch.dtype,
+    floats: bool = False,
     clip: bool = False,
     act_order: bool = True,
     damping: float = 0.01,
@@ -49,8 +60,9 @@ def gptq(
     """Codes for weight [N, K] that keep its outputs, given hessian [K, K] = 2/n * sum of x x^T over its inputs x.
 
     The scales and zeros are those of rounding to nearest, in `dtype`, taken before any weight moves: `group` of the
-    row's K for 3 and 4 bits (32, 64 or 128), one a row for 8 (group 0, symmetric, fp32). With `act_order` the inputs
-    of the largest diagonal go first; scales that are fixed beforehand let that be without any trace in the layout.
+    row's K for 3 and 4 bits (32, 64 or 128), one a row for 8 (group 0, symmetric, fp32), which are integers or
+    `floats` (e4m3). With `act_order` the inputs of the largest diagonal go first; scales that are fixed beforehand let
+    that be without any trace in the layout.
 
     3 bits live in the 4-bit layout, and `clip` is as in `linears.grid`.
 
@@ -59,8 +71,12 @@ def gptq(
     H that is no such sum. Work is fp32, H's factor fp64; `block` inputs at a time leave the others as they are.
     """
     K = weight.shape[1]
-    _check(weight, hessian, bits=bits, group=group, symmetric=symmetric, damping=damping, block=block)
-    scale, zero = _grid(weight, bits=bits, group=group, symmetric=symmetric, dtype=dtype, clip=clip)  # [G, N] each
+    _check(weight, hessian, bits=bits, group=group, symmetric=symmetric, floats=floats, damping=damping, block=block)
+    if bits == 8:
+        scale, zero = (fp8_scale(weight) if floats else weight.float().abs().amax(1) / 127)[:, None], None
+    else:
+        scale, zero = grid(weight, bits=bits, group=group, symmetric=symmetric, dtype=dtype, clip=clip)
+    scale_GN, zero_GN = scale.t().contiguous(), None if zero is None else zero.t().contiguous()
     w_KN = weight.float().t().contiguous()  # an input's weights are neighbours: each step reads and writes whole rows
     order = torch.arange(K, device=weight.device)
     if act_order:
@@ -74,32 +90,36 @@ def gptq(
         end = min(begin + block, K)
         w, u = w_KN[begin:end], factor[begin:end]  # [b, N], [b, K]
         errors = torch.empty_like(w)
-        step = scale[groups[begin:end]].float()  # [b, N]
+        step = scale_GN[groups[begin:end]].float()  # [b, N]
         divisor = torch.where(step == 0, 1.0, step)
-        offset = torch.full_like(step, middle) if zero is None else zero[groups[begin:end]].float()
+        offset = torch.full_like(step, middle) if zero is None else zero_GN[groups[begin:end]].float()
         diagonal = u[:, begin:end].diagonal().tolist()
         for j in range(end - begin):
-            code = (w[j] / divisor[j]).round_().add_(offset[j]).clamp_(low, high)  # [N]
-            codes[begin + j] = code
-            errors[j] = (w[j] - (code - offset[j]) * step[j]) / diagonal[j]
+            if floats:
+                code = nearest_fp8(w[j], step[j])  # [N]
+                codes[begin + j], steps = code.view(torch.uint8), code.float()
+            else:
+                code = (w[j] / divisor[j]).round_().add_(offset[j]).clamp_(low, high)
+                codes[begin + j], steps = code, code - offset[j]
+            errors[j] = (w[j] - steps * step[j]) / diagonal[j]
             # Eq. 2: the error times a row of the inverse of what is left of H, which a row of the factor stands for.
             w[j + 1 :].addr_(u[j, begin + j + 1 : end], errors[j], alpha=-1)
         w_KN[end:].addmm_(u[:, end:].t(), errors, alpha=-1)  # eq. 4, for the whole block at once
     result = torch.empty_like(codes)
     result[order] = codes
-    # [G, N] -> [N, G], and [N] for a scale a row
-    scale, zero = scale.t().contiguous(), None if zero is None else zero.t().contiguous()
     return Codes(result.t().contiguous(), scale if group else scale[:, 0], zero)
 
 
 def _check(
-    weight: Tensor, hessian: Tensor, *, bits: int, group: int, symmetric: bool, damping: float, block: int
+    weight: Tensor, hessian: Tensor, *, bits: int, group: int, symmetric: bool, floats: bool, damping: float, block: int
 ) -> None:
     K = weight.shape[1]
     if bits not in (3, 4, 8):
         raise ValueError(f"GPTQ makes codes of 3, 4 or 8 bits; got {bits}")
     if bits == 8 and (group or not symmetric):
         raise ValueError(f"8 bits have one symmetric scale a row; got group {group}, symmetric {symmetric}")
+    if floats and bits != 8:
+        raise ValueError(f"floats have 8 bits; got {bits}")
     if bits < 8 and (group not in GROUPS or K % group):
         raise ValueError(f"{bits} bits need groups of {', '.join(map(str, GROUPS))} that divide {K}; got {group}")
     if not 0 < damping <= MOST_DAMPING:
@@ -112,14 +132,6 @@ def _check(
         raise ValueError("a weight is NaN or infinite; take another dtype or another checkpoint")
     if not hessian.isfinite().all():
         raise ValueError("the inputs' Hessian has NaN or infinity; calibrate in bfloat16 or float32")
-
-
-def _grid(weight: Tensor, *, bits: int, group: int, **rounding) -> tuple[Tensor, Tensor | None]:
-    """Scales and zeros [G, N], as they are stored."""
-    if bits == 8:
-        return weight.float().abs().amax(1)[None] / 127, None
-    scale, zero = grid(weight, bits=bits, group=group, **rounding)
-    return scale.t().contiguous(), None if zero is None else zero.t().contiguous()
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

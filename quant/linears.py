@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.codes import encode
+from kernels.codes import LARGEST, encode
 from kernels.int8 import int8_linear, quantize_rows
 from kernels.weight import Weight, most_rows
 from model import Linear, Transformer
@@ -28,6 +28,8 @@ GROUPS = (128, 64, 32)  # how many neighbours may share a scale in the 4-bit lay
 PIECE = 2**22  # weights rounded at a time: what bounds the memory for it
 SLICE = 2**20  # weights of a matrix dequantized at a time to multiply by on the CPU: what its caches hold
 SHARES = tuple(1 - i / 40 for i in range(20))  # of a group's span: what a search for the best one tries
+CACHED = 2**18  # weights that a CPU's caches hold while a search goes over them again and again
+OCTAVE = tuple(2 ** (i / 8) for i in range(8))  # times the least scale of a row of floats: what its search tries
 
 # ---- The packed layouts ---------------------------------------------------------------------------------------------
 
@@ -134,12 +136,40 @@ def round_int8(weight: Tensor) -> Codes:
 
 
 def round_fp8(weight: Tensor) -> Codes:
-    """weight [N, K] = scale[n] * the float8_e4m3fn that code is, scale = absmax / 448: off by 1/16 of itself at most.
+    """weight [N, K] = scale[n] * the float8_e4m3fn that code is: off by 1/16 of itself at most.
 
     Weights under 2^-6 of a scale are off by 2^-10 of it at most. NaN or infinity as in `round_int8`.
     """
-    codes, scale = encode(weight, torch.float8_e4m3fn)
-    return Codes(codes.view(torch.uint8), scale)
+    most = weight.numel() if weight.is_cuda else CACHED
+    scale = torch.cat([fp8_scale(rows) for rows in weight.split(max(1, most // weight.shape[1]))])
+    return Codes(nearest_fp8(weight.float(), scale[:, None]).view(torch.uint8), scale)
+
+
+def fp8_scale(weight: Tensor) -> Tensor:
+    """Scales [N], fp32, for weight [N, K]: absmax / 448 times the one of OCTAVE that leaves the smallest squared error.
+
+    What a scale does to the error depends on where between two powers of 2 it puts the row's weights: twice the scale
+    gives the same codes but for their exponents. Of the smallest weights, too, 3 bits are taken to be kept. It is the
+    same on any device: CUDA divides by a number in another way than a CPU, so that nothing here does.
+    """
+    smallest = weight.float().abs().amax(1) * (1 / LARGEST[torch.float8_e4m3fn])
+    best, least = smallest, torch.full_like(smallest, float("inf"), dtype=torch.float64)
+    steps = _divide(weight.float(), smallest[:, None])
+    for factor in OCTAVE:
+        x = steps * (1 / factor)
+        large = x * (2**20 + 1)
+        off = (large - (large - x)).sub_(x)  # fp32 has 20 bits more, which the large number pushes out, to nearest
+        # So exact a sum that its order, which depends on the device, decides nothing.
+        error = off.square_().sum(1, dtype=torch.float64).mul_(factor**2)
+        best = torch.where(error < least, smallest * factor, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def nearest_fp8(weight: Tensor, scale: Tensor) -> Tensor:
+    """The float8_e4m3fn nearest to weight / scale, both fp32."""
+    largest = LARGEST[torch.float8_e4m3fn]  # past it, some versions of torch make NaN
+    return _divide(weight, scale).clamp_(-largest, largest).to(torch.float8_e4m3fn)
 
 
 def round_int4(
@@ -591,7 +621,7 @@ class Recipe:
     """How a model's linears are stored. Embedding, norms and biases stay in the model's dtype."""
 
     format: str  # one of FORMATS: the linears of every layer
-    head: str  # the head, which decides the next token and gains little from 4 bits
+    head: str  # the head, which decides the next token: of 8 bits the finer, and 4 gain little
     method: str = "rtn"  # what chose the codes; the layout does not depend on it
     group_size: int = 128  # 3 and 4 bits: how many neighbours share a scale, at most
     symmetric: bool = True  # 3 and 4 bits: without zeros of their own
@@ -642,7 +672,7 @@ def fit(storage: Storage, K: int) -> Storage:
 RECIPES = {
     "int8": Recipe(format="int8", head="int8"),
     "int4": Recipe(format="int4", head="int8"),
-    "fp8": Recipe(format="fp8", head="fp8"),
+    "fp8": Recipe(format="fp8", head="int8"),
 }
 
 

@@ -1,196 +1,231 @@
-"""Traffic to measure a server with: how long prompts and answers are, and what came of the requests.
+"""Traffic for a server and what its users saw: arrivals, streams read as they come, percentiles.
 
-Token ids and times only: who runs the requests, in this process or over HTTP, is not known here. Prompts are random
-tokens, so nothing is found in a prefix cache but what is shared on purpose.
+It speaks HTTP to any server of the OpenAI API, on connections of its own: one request each, as different users would.
+How long prompts and answers are is drawn before anything is sent, so a seed gives the same traffic to every server.
 """
 
+import asyncio
+import contextlib
+import json
 import math
 import random
+import ssl
 import statistics
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
 
-PERCENTILES = (50, 90, 99)
+from scripts.plots import picture
 
-# "sharegpt-like" lengths are lognormal, with the means that the PagedAttention paper (arXiv 2309.06180, figure 11)
-# gives for ShareGPT, 161 tokens a prompt and 338 an answer. It shows the spread in a histogram only; a sigma of 1 is a
-# choice: half of the prompts have fewer than 98 tokens, one in ten more than 350. Both are cut at the paper's 2,048.
-SHAREGPT_MEANS = 161.0, 338.0
-SHAREGPT_SIGMA = 1.0
-SHAREGPT_LONGEST = 2048
-
-
-class Lengths:
-    """How many tokens prompts and answers have: fixed:PROMPT:ANSWER, uniform:LEAST:MOST (of both) or sharegpt-like."""
-
-    def __init__(self, text: str) -> None:
-        self.kind, *rest = text.split(":")
-        wanted = {"fixed": 2, "uniform": 2, "sharegpt-like": 0}.get(self.kind)
-        if wanted != len(rest) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in rest):
-            raise ValueError(
-                f"--lengths {text!r} is none of fixed:PROMPT:ANSWER, uniform:LEAST:MOST and sharegpt-like, "
-                "lengths in tokens, at least 1"
-            )
-        self.pair = [int(part) for part in rest]
-        if self.kind == "uniform" and self.pair[0] > self.pair[1]:
-            raise ValueError(f"--lengths {text}: {self.pair[0]} is more than {self.pair[1]}")
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a prompt and its answer together, at most."""
-        return {"fixed": sum(self.pair), "uniform": 2 * max(self.pair, default=0)}.get(self.kind, 2 * SHAREGPT_LONGEST)
-
-    def prompt(self, draw: random.Random) -> int:
-        return self._length(draw, 0)
-
-    def answer(self, draw: random.Random) -> int:
-        return self._length(draw, 1)
-
-    def _length(self, draw: random.Random, which: int) -> int:
-        if self.kind == "fixed":
-            return self.pair[which]
-        if self.kind == "uniform":
-            return draw.randint(*self.pair)
-        location = math.log(SHAREGPT_MEANS[which]) - SHAREGPT_SIGMA**2 / 2
-        return min(max(round(draw.lognormvariate(location, SHAREGPT_SIGMA)), 1), SHAREGPT_LONGEST)
+TIMEOUT_S = 1200.0  # for one request, its time in a queue included
+SAMPLE_TEXT = "It was a bright day in April, and 1 + 2 = 3. The quick brown fox jumps over a lazy dog; why not?\n"
+SHAREGPT = {"prompt": (120, 1.1), "answer": (133, 0.9)}  # medians of log-normal lengths, and their sigma
 
 
-class Traffic:
-    """The prompts of a run, and how long their answers should be.
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A server, as the command line names it."""
 
-    They are drawn in the order in which nano-vllm's bench.py draws its own, so that seed 0 gives the same. Further
-    runs have the same lengths and other prompts, so that no run finds what one before left in a cache.
-    """
+    url: str
+    api_key: str | None = None
 
-    def __init__(self, lengths: Lengths, *, count: int, vocab_size: int, shared_prefix: int = 0, seed: int = 0) -> None:
-        draw = random.Random(seed)
-        self.last = vocab_size - 1  # the largest token
-        self.prompts = [[draw.randint(0, self.last) for _ in range(lengths.prompt(draw))] for _ in range(count)]
-        self.answers = [lengths.answer(draw) for _ in range(count)]
-        self.shared = [draw.randint(0, self.last) for _ in range(shared_prefix)]
+    def head(self, method: str, path: str, length: int) -> bytes:
+        parts = urlsplit(self.url)
+        lines = [f"{method} {parts.path.rstrip('/')}{path} HTTP/1.1", f"Host: {parts.netloc}", "Connection: close"]
+        lines += ["Content-Type: application/json", f"Content-Length: {length}"]
+        lines += [f"Authorization: Bearer {self.api_key}"] if self.api_key else []
+        return "\r\n".join([*lines, "", ""]).encode()
 
-    def run(self, number: int) -> list[tuple[list[int], int]]:
-        """Prompts and answers' lengths of one run, with a shared prefix of its own."""
-        prefix = self.prefix(number)
-        return [
-            (prefix + self._other(prompt, number), answer)
-            for prompt, answer in zip(self.prompts, self.answers, strict=True)
-        ]
+    async def send(self, method: str, path: str, body: dict | None = None) -> tuple[int, asyncio.StreamReader, dict]:
+        """The status, the reader where its body begins, and its headers."""
+        parts, data = urlsplit(self.url), b"" if body is None else json.dumps(body).encode()
+        secure = parts.scheme == "https"
+        reader, writer = await asyncio.open_connection(
+            parts.hostname, parts.port or (443 if secure else 80), ssl=ssl.create_default_context() if secure else None
+        )
+        with contextlib.ExitStack() as failing:
+            failing.callback(writer.close)
+            writer.write(self.head(method, path, len(data)) + data)
+            status = int((await reader.readline()).split()[1])
+            headers = {}
+            while line := (await reader.readline()).strip():
+                name, _, value = line.decode("latin-1").partition(":")
+                headers[name.lower()] = value.strip()
+            failing.pop_all()
+        headers["writer"] = writer  # whoever reads the body closes it
+        return status, reader, headers
 
-    def endless(self) -> Iterator[tuple[list[int], int]]:
-        """One run after another, with the same shared prefix."""
-        number = 0
-        while True:
-            for prompt, answer in zip(self.prompts, self.answers, strict=True):
-                yield self.shared + self._other(prompt, number), answer
-            number += 1
+    async def ask(self, method: str, path: str, body: dict | None = None) -> dict:
+        """A JSON answer; ValueError where it is an error."""
+        status, reader, headers = await self.send(method, path, body)
+        data = b"".join([chunk async for chunk in chunks(reader, headers)])
+        headers["writer"].close()
+        if status != 200:
+            raise ValueError(f"{self.url}{path} answers {status}: {data.decode('utf-8', 'replace')[:300]}")
+        return json.loads(data)
 
-    def prefix(self, number: int) -> list[int]:
-        return self._other(self.shared, number)
 
-    def _other(self, prompt: Sequence[int], number: int) -> list[int]:
-        return [(token + number) % (self.last + 1) for token in prompt]
+async def chunks(reader: asyncio.StreamReader, headers: dict) -> AsyncIterator[bytes]:
+    """A body as it comes, whichever way its end is told."""
+    if headers.get("transfer-encoding") != "chunked":
+        while data := await reader.read(1 << 16):
+            yield data
+        return
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A request to be: when, from the start of the traffic, and what."""
+
+    at: float
+    prompt: list[int]
+    length: int
+    seed: int
 
 
 @dataclass(kw_only=True)
-class Record:
-    """What came of one request. Times are of one clock, in seconds."""
+class Seen:
+    """What the user of one request saw, in seconds."""
 
-    sent: float
-    prompt_tokens: int
-    cached_tokens: int = 0
-    answers: int = 1
-    tokens: int = 0  # of all its answers
-    times: list[float] = field(default_factory=list)  # when its tokens came, the first one's first
+    status: int = 0  # of HTTP; 0: no answer, or one that broke off
+    sent: float = 0.0
+    first: float | None = None
+    gaps: list[float] = field(default_factory=list)  # between two events with text
     end: float = 0.0
-    error: str | None = None  # what kind of failure
-    left: bool = False  # ended by us, on purpose
+    tokens: int = 0
 
     @property
-    def whole(self) -> bool:
-        return self.error is None and not self.left and bool(self.times)
-
-    @property
-    def ttft_s(self) -> float:
-        return self.times[0] - self.sent
-
-    @property
-    def gaps(self) -> list[float]:
-        return [later - sooner for sooner, later in zip(self.times, self.times[1:], strict=False)]
-
-    @property
-    def token_s(self) -> float:
-        """From the first token on, the mean time that each took."""
-        later = self.tokens / self.answers - 1
-        return (self.times[-1] - self.times[0]) / later if later > 0 else 0.0
+    def ok(self) -> bool:
+        return self.status == 200 and self.first is not None and self.tokens > 0
 
 
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and percentiles; None where there is nothing to take them of."""
+def lengths(draw: random.Random, *, like: str, prompt: int, answer: int) -> tuple[int, int]:
+    """Tokens of a prompt and its answer: fixed, or drawn as ShareGPT's are, of which those given are then the most."""
+    if like == "fixed":
+        return prompt, answer
+    (prompt_median, prompt_sigma), (answer_median, answer_sigma) = SHAREGPT["prompt"], SHAREGPT["answer"]
+    drawn = (
+        draw.lognormvariate(math.log(prompt_median), prompt_sigma),
+        draw.lognormvariate(math.log(answer_median), answer_sigma),
+    )
+    return tuple(max(4, min(most, round(length))) for length, most in zip(drawn, (prompt, answer), strict=True))
+
+
+def plan(
+    vocabulary: Sequence[int],
+    *,
+    requests: int,
+    rate: float,
+    like: str,
+    prompt: int,
+    answer: int,
+    shared_prefix: int,
+    seed: int,
+) -> list[Ask]:
+    """Requests of a Poisson process of `rate` a second; at infinity all come at once."""
+    draw = random.Random(seed)
+    prefix = draw.choices(vocabulary, k=shared_prefix)
+    asks, at = [], 0.0
+    for index in range(requests):
+        own, length = lengths(draw, like=like, prompt=prompt, answer=answer)
+        asks.append(Ask(at=at, prompt=prefix + draw.choices(vocabulary, k=own), length=length, seed=index))
+        at += draw.expovariate(1.0) / rate
+    return asks
+
+
+async def read(target: Target, ask: Ask, *, model: str, temperature: float) -> Seen:
+    """Send one request and read its stream."""
+    body = {"model": model, "prompt": ask.prompt, "max_tokens": ask.length, "temperature": temperature}
+    body |= {"seed": ask.seed, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    seen = Seen(sent=time.perf_counter())
+    writer = None
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            seen.status, reader, headers = await target.send("POST", "/v1/completions", body)
+            writer, newest, rest = headers["writer"], None, b""
+            async for chunk in chunks(reader, headers):
+                *events, rest = (rest + chunk).split(b"\n\n")
+                now = time.perf_counter()
+                for event in events if seen.status == 200 else ():
+                    if event == b"data: [DONE]":
+                        continue
+                    data = json.loads(event.removeprefix(b"data: "))
+                    if "error" in data:
+                        seen.status = 0
+                    elif data["choices"]:
+                        seen.first = seen.first or now
+                        seen.gaps += [now - newest] if newest is not None else []
+                        newest = now
+                    if data.get("usage"):
+                        seen.tokens = data["usage"]["completion_tokens"]
+    except (OSError, EOFError, TimeoutError, ValueError, IndexError):  # refused, broken off, or no HTTP
+        seen.status = 0
+    finally:
+        if writer is not None:
+            writer.close()
+    seen.end = time.perf_counter()
+    return seen
+
+
+async def drive(target: Target, asks: Sequence[Ask], *, model: str, temperature: float) -> list[Seen]:
+    """Send every request at its time, whatever became of those before."""
+    start = time.perf_counter()
+
+    async def one(ask: Ask) -> Seen:
+        await asyncio.sleep(ask.at - (time.perf_counter() - start))
+        return await read(target, ask, model=model, temperature=temperature)
+
+    return await asyncio.gather(*(one(ask) for ask in asks))
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean and percentiles in milliseconds, each a value that occurred."""
+    if not values:
+        return None
     ordered = sorted(values)
-    result = {"mean": statistics.fmean(ordered) if ordered else None}
-    for p in PERCENTILES:
-        place = p / 100 * (len(ordered) - 1)
-        low = int(place)
-        between = ordered[low : low + 2]
-        result[f"p{p}"] = between[0] + (between[-1] - between[0]) * (place - low) if between else None
-    return result
+    found = {f"p{p}": ordered[max(0, math.ceil(p / 100 * len(ordered)) - 1)] for p in (50, 90, 95, 99)}
+    return {name: 1e3 * value for name, value in {"mean": statistics.fmean(values), **found}.items()}
 
 
-def summarize(
-    records: Sequence[Record], wall_s: float, *, limit_ttft_s: float | None = None, limit_token_s: float | None = None
-) -> dict:
-    """A run's figures. Speeds count every token made; latencies are those of the requests that were answered whole."""
-    whole = [record for record in records if record.whole]
-    prompt_tokens, tokens = sum(r.prompt_tokens for r in whole), sum(r.tokens for r in records)
-    good = [
-        record
-        for record in whole
-        if (limit_ttft_s is None or record.ttft_s <= limit_ttft_s)
-        and (limit_token_s is None or record.token_s <= limit_token_s)
-    ]
-    limited = limit_ttft_s is not None or limit_token_s is not None
+def summary(seen: Sequence[Seen], limits: dict[str, float]) -> dict:
+    """Figures of one load. `limits` in milliseconds by the name of a figure; goodput counts who stayed within all."""
+    good = [s for s in seen if s.ok]
+    span = max(s.end for s in seen) - min(s.sent for s in seen)
+
+    def within(s: Seen) -> bool:
+        values = {"ttft": s.first - s.sent, "inter_token": statistics.fmean(s.gaps or [0.0]), "e2e": s.end - s.sent}
+        return all(1e3 * values[name] <= limit for name, limit in limits.items())
+
+    statuses: dict[str, int] = {}
+    for s in seen:
+        if not s.ok:
+            statuses[str(s.status)] = statuses.get(str(s.status), 0) + 1
     return {
-        "wall_s": wall_s,
-        "completed": len(whole),
-        "left": sum(record.left for record in records),
-        "errors": dict(Counter(record.error for record in records if record.error is not None)),
-        "prompt_tokens": prompt_tokens,
-        "cached_tokens": sum(record.cached_tokens for record in whole),
-        "output_tokens": tokens,
-        "output_tok_s": tokens / wall_s,
-        "total_tok_s": (tokens + prompt_tokens) / wall_s,
-        "requests_per_s": len(whole) / wall_s,
-        "ttft_s": spread([record.ttft_s for record in whole]),
-        "inter_token_s": spread([gap for record in whole for gap in record.gaps]),
-        "token_s": spread([record.token_s for record in whole if record.tokens > 1]),
-        "e2e_s": spread([record.end - record.sent for record in whole]),
-        "goodput_per_s": len(good) / wall_s if limited else None,
-        "good_share": len(good) / len(records) if limited and records else None,
+        "completed": len(good),
+        "failed": statuses,
+        "duration_s": span,
+        "request_s": len(good) / span,
+        "output_tok_s": sum(s.tokens for s in good) / span,
+        "ttft_ms": spread([s.first - s.sent for s in good]),
+        "inter_token_ms": spread([gap for s in good for gap in s.gaps]),
+        "e2e_ms": spread([s.end - s.sent for s in good]),
+        "goodput_request_s": sum(map(within, good)) / span if limits else None,
     }
 
 
-def show(figures: dict) -> Iterator[str]:
-    """The figures of `summarize`, for people."""
-    made = f"{figures['output_tokens']} tokens in {figures['wall_s']:.2f} s"
-    cached = f", {figures['cached_tokens']} of them cached" if figures["cached_tokens"] else ""
-    yield f"output         {figures['output_tok_s']:9.0f} tok/s ({made})"
-    yield f"with prompts   {figures['total_tok_s']:9.0f} tok/s ({figures['prompt_tokens']} prompt tokens{cached})"
-    yield f"requests       {figures['requests_per_s']:9.2f} a second ({figures['completed']} answered)"
-    yield "in ms               " + "".join(f"{name:>10}" for name in ("mean", *(f"{p} %" for p in PERCENTILES)))
-    names = {
-        "ttft_s": "first token",
-        "inter_token_s": "between events",
-        "token_s": "each token",
-        "e2e_s": "whole answer",
-    }
-    for key, name in names.items():
-        cells = ["-" if value is None else f"{value * 1e3:.1f}" for value in figures[key].values()]
-        yield f"  {name:<18}" + "".join(f"{cell:>10}" for cell in cells)
-    if figures["goodput_per_s"] is not None:
-        yield f"within limits  {figures['goodput_per_s']:9.2f} a second ({figures['good_share']:.1%} of all requests)"
-    if figures["left"]:
-        yield f"left early     {figures['left']:9}"
-    for kind, count in figures["errors"].items():
-        yield f"failed         {count:9} by {kind}"
+def plot(loads: Sequence[dict], path: Path) -> None:
+    """Draw latency against load, a panel for each kind of it."""
+    panels = {"ttft_ms": "first token", "inter_token_ms": "between tokens", "e2e_ms": "whole answer"}
+    with picture(path, size=(12, 4), panels=len(panels)) as (_, axes):
+        for axis, (name, title) in zip(axes, panels.items(), strict=True):
+            points = [(load["request_s"], load[name]) for load in loads if load[name]]
+            for percentile in ("p50", "p90", "p99"):
+                axis.plot([x for x, _ in points], [y[percentile] for _, y in points], marker="o", label=percentile)
+            axis.set(title=title, xlabel="requests answered a second", ylabel="ms")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        axes[0].legend()

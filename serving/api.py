@@ -432,9 +432,12 @@ class Gate:
             raise ApiError(503, "the server is shutting down", headers={"Connection": "close"})
         if self.requests > self.service.options.max_requests:
             raise self.service.overloaded(f"{self.service.options.max_requests} requests are being answered already")
+        length = int(headers.get(b"content-length", b"0"))
+        if not length and b"transfer-encoding" not in headers:
+            return  # no body: the route says what it thinks of that
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
             raise ApiError(400, "the body must be JSON, with the header Content-Type: application/json")
-        if int(headers.get(b"content-length", b"0")) > self.max_body:
+        if length > self.max_body:
             raise self._too_large()
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -616,7 +619,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     def metrics() -> Response:
         return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         headers = {
             "Content-Security-Policy": PAGE_POLICY,

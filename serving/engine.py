@@ -51,7 +51,7 @@ class EngineOptions:
     policy: str = cli.option("fcfs", "who is served first", choices=tuple(POLICIES))
     max_running: int = cli.option(256, "samples that decode together")
     max_step_tokens: int = cli.option(
-        8192, "tokens in one step, prompts and answers; fewer make smoother answers and slower prompts"
+        0, "tokens in one step; fewer make smoother answers and slower prompts; 0 takes what suits the device"
     )
     block_size: int = cli.option(0, "tokens in a block of the cache; 0 takes what suits the device")
     no_prefix_caching: bool = cli.option(False, "do not reuse the keys and values of equal beginnings of prompts")
@@ -67,7 +67,7 @@ class EngineOptions:
     timeout_s: float = cli.option(0.0, "a request that is not finished after so long is ended; 0 sets no limit")
 
     def __post_init__(self) -> None:
-        least = {"max_running": 1, "max_step_tokens": 1, "block_size": 0, "swap_gb": 0, "max_queued": 0}
+        least = {"max_running": 1, "max_step_tokens": 0, "block_size": 0, "swap_gb": 0, "max_queued": 0}
         least |= {"max_queued_tokens": 0, "queue_timeout_s": 0, "timeout_s": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -233,6 +233,7 @@ class Engine:
             self._thread.join(drain_s + 30)  # a device that hangs must not keep the process
             if self._thread.is_alive():
                 log.error("the device has not answered for 30 s; leaving it")
+            gc.unfreeze()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Output]:
         """Outputs of requests until all are done. Limits of the queue do not apply; a request at fault stops all."""

@@ -2,23 +2,26 @@
 
 What a sequence's next step needs stays on the device, in tables by slot: its newest token, where that goes, its
 blocks. A step sends what it changes there in one small copy. One that only decodes sends nothing else: on CUDA it is
-a graph over the tables, of which there is one for each of some batch sizes. Nothing here waits for the device but
-`Ticket.wait`, for its own step. Who a row belongs to and when it ends is the scheduler's.
+a graph over the tables, of which there is one for each of some batch sizes; so is one with prompts, if those are short.
+Nothing here waits for the device but `Ticket.wait`, for its own step. Who a row belongs to and when it ends is the
+scheduler's.
 """
 
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import hardware
-from cache import PagedBatch, PagedCache, check_kv_dtype, new_storage
-from compiling import compile_model
+from cache import check_kv_dtype, new_storage
+from compiling import compile_model, has_kernels
 from model import Transformer
+from paged import PagedBatch, PagedCache
 from quant.linears import settle_model
 from sampling import SamplingBatch, SamplingParams, sample
 from serving.drawing import Drawing, Rows
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
     from kernels.decoder import Decoder
     from serving.engine import EngineOptions
 
+T = TypeVar("T")
+
+# What mixed steps are padded to, to be graphs: tokens of prompts, and prompts, of which one pads.
+MIXED_TOKENS, MIXED_PROMPTS = (32, 128, 256, 512, 1024, 2048), 8
 FUSED_ROWS = 16  # up to so many greedy rows, the head's kernel finds the largest logits and writes none
 
 
@@ -77,10 +84,10 @@ class Runner:
             for x in self.cache.tensors
             if n_host_blocks
         ]
-        # By slot. The last row pads batches: it stays at the beginning of block 0, which belongs to nobody.
+        # By slot: the newest token, and where it goes. The last row pads batches, with block 0, which is nobody's.
         self.null_row = max_running
-        self.newest = torch.zeros(max_running + 1, dtype=torch.int64, device=self.device)
-        self.position = torch.zeros_like(self.newest)  # of the newest token
+        self.state = torch.zeros(2, max_running + 1, dtype=torch.int64, device=self.device)
+        self.newest, self.position = self.state
         n = -(-self.max_seq_len // block_size)
         self.tables = torch.zeros(max_running + 1, n, dtype=torch.int32, device=self.device)
         self.drawing = Drawing(slots=max_running + 1, vocab_size=self.vocab_size, device=self.device)
@@ -90,8 +97,12 @@ class Runner:
         self.decoded: Rows | None = None
         self.sizes = torch.arange(max_running + 1, dtype=torch.int32, device=self.device)
         self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
+        self.captures = self.kernels and self.overlaps
         self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
+        # Of steps that are mixed, by their size.
+        self.mixed_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.mixed_inputs: dict[tuple[int, int], list[Tensor]] = {}
 
     @torch.no_grad()
     def launch(self, step: Step) -> Ticket:
@@ -131,28 +142,54 @@ class Runner:
             self.cache.copy(*hardware.send(self.device, *np.array(step.copies).T))
 
     def _mixed(self, step: Step, rows: Rows) -> Tensor:
-        """One forward over decodes and prefills: logits [n, V] of those that sample."""
-        works, D = [*step.decodes, *step.prefills], len(step.decodes)
-        ends = list(itertools.accumulate(work.count for work in works))
-        tokens, at = np.zeros(ends[-1], dtype=np.int64), np.empty(ends[-1], dtype=np.int64)
-        for i, (work, end) in enumerate(zip(works, ends, strict=True)):
-            here = slice(end - work.count, end)
-            at[here] = np.arange(work.start, work.start + work.count)
-            if i >= D:
-                tokens[here] = work.sequence.tokens[work.start : work.start + work.count]
-        tokens, at, last, slots, starts = hardware.send(
-            self.device,
-            tokens,
-            at,
-            np.array([end - 1 for work, end in zip(works, ends, strict=True) if work.samples], dtype=np.int64),
-            np.array([work.sequence.slot for work in works], dtype=np.int32),
-            np.array([D, *ends[D:]], dtype=np.int32),
-        )
+        """One forward over decodes and prefills: logits [n, V] of those that sample.
+
+        On the device a step of few tokens takes less time than its launches take on the host. Padded to one of a few
+        sizes it is a graph too: the first step of a size runs as it is, the second is captured.
+        """
+        size = self._mixed_size(step)
+        inputs = hardware.send(self.device, *lay_out(step, self.null_row, size))
+        if size is None:
+            x = self._mixed_step(*inputs, len(step.decodes), max(work.count for work in step.prefills))
+        elif size not in self.mixed_inputs:
+            self.mixed_inputs[size] = inputs
+            x = self._mixed_step(*inputs, *size)
+        else:
+            for static, new in zip(self.mixed_inputs[size], inputs, strict=True):
+                static.copy_(new)
+            if size not in self.mixed_graphs:
+                run = functools.partial(self._mixed_step, *self.mixed_inputs[size], *size)
+                self.mixed_graphs[size] = self._capture(run)
+            graph, x = self.mixed_graphs[size]
+            graph.replay()
+        return self._logits(x[:, : len(rows.slots)])  # in no graph, each of which would keep memory for its own
+
+    def _capture(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph of what `run` enqueues, which does not run yet, and where its results will be."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.graph_pool):
+            results = run()
+        return graph, results
+
+    def _mixed_size(self, step: Step) -> tuple[int, int] | None:
+        """To how many decodes and tokens of prompts to pad a step for a graph; None if it is run as it is."""
+        if not self.captures or len(step.prefills) >= MIXED_PROMPTS:
+            return None
+        decodes, tokens = len(step.decodes), sum(work.count for work in step.prefills)
+        size = next((n for n in MIXED_TOKENS if tokens <= n <= self.max_seq_len), None)
+        if size is None:
+            return None
+        return min(n for n in (0, 8, 32, 128, self.max_running) if decodes <= n <= self.max_running), size
+
+    def _mixed_step(
+        self, tokens: Tensor, at: Tensor, last: Tensor, drawn: Tensor, slots: Tensor, starts: Tensor, D: int, most: int
+    ) -> Tensor:
+        """What `lay_out` gives, run: [1, n, C] for the tokens at `last`. No prompt has more than `most` tokens."""
         tokens[:D] = self.newest[slots[:D]]
-        longest = max(work.count for work in step.prefills)
-        x = self._hidden(tokens, at, slots, D, starts, longest)
-        self.position[rows.index] = at[last] + 1
-        return self._logits(x[:, last])
+        x = self._hidden(tokens, at, slots, D, starts, most)
+        self.position[drawn] = at[last] + 1
+        self.position[self.null_row :].zero_()
+        return x[:, last]
 
     def _decode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """A step of running sequences: the tokens [n] of their largest logits if all are greedy, else logits [n, V]."""
@@ -171,9 +208,10 @@ class Runner:
         return tokens, logits
 
     def _show(self, index: Tensor) -> None:
-        """Let decode steps run these slots, and the null row in the place of those that are missing."""
+        """Let decode steps run these slots, and the null row, from its beginning, in the place of those missing."""
         self.decoding[: len(index)], self.decoding[len(index) :] = index, self.null_row
         self.decoding_int32.copy_(self.decoding)
+        self.state[:, self.null_row :].zero_()
 
     def _step(self, size: int, greedy: bool) -> tuple[Tensor | None, Tensor | None]:
         """A step of the first `size` slots in `decoding`: tokens [size] if all are greedy, else logits [size, V].
@@ -181,18 +219,18 @@ class Runner:
         It reads and writes tables alone, so a graph can hold it. Who is not greedy is given its newest token later.
         """
         index, slots = self.decoding[:size], self.decoding_int32[:size]
-        tokens, at = self.newest[index], self.position[index]
+        state = self.state[:, index]
+        tokens, at = state
         x = self._hidden(tokens, at, slots, size, self.sizes[size:][:1], 0)
         logits = None
         if greedy and self.kernels and size <= FUSED_ROWS:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
         else:
-            logits, at = self._logits(x), at + 1
-        if greedy:
-            tokens = tokens if logits is None else logits.argmax(-1)
-            self.newest[index] = tokens
-        self.position[index] = at
-        self.position[self.null_row :].zero_()
+            logits = self._logits(x)
+            if greedy:
+                torch.argmax(logits, -1, out=tokens)
+            at += 1
+        self.state[:, index] = state
         return (tokens, None) if greedy else (None, logits)
 
     def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
@@ -201,7 +239,8 @@ class Runner:
 
     def _logits(self, x: Tensor) -> Tensor:
         """[n, V] from x [1, n, C]."""
-        return self.decoder.logits(x)[0] if x.shape[1] else x.new_zeros(0, self.vocab_size)
+        logits = self.decoder.logits(x)[0] if x.shape[1] else x.new_zeros(0, self.vocab_size)
+        return logits.float() if logits.device.type == "cpu" else logits  # where an argmax over bf16 is slow
 
     # ---- Getting ready -----------------------------------------------------------------------------------------------
 
@@ -224,11 +263,41 @@ class Runner:
         self.decoded = None
         for greedy in (True, False):
             self._step(size, greedy)
-            if self.graph_pool is not None and self.kernels:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.graph_pool):
-                    results = self._step(size, greedy)
+            if self.captures:
+                graph, results = self._capture(functools.partial(self._step, size, greedy))
                 self.graphs[size, greedy] = graph, *results
+
+
+def lay_out(step: Step, null_row: int, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    """A step's tokens [T], their positions [T]; which of them are sampled from [n], and for which slots [n]; the slots
+    of its sequences [R] and where the tokens of those after the decodes begin, as a `PagedBatch` has them.
+
+    With `size`, decodes and tokens of prompts, the null row takes the place of what the step has less: as so many
+    decodes, as empty prompts, and as a last of `MIXED_PROMPTS`, which has all the tokens that are missing.
+    """
+    D, P = len(step.decodes), len(step.prefills)
+    decodes, tokens = size or (D, sum(work.count for work in step.prefills))
+    T, prompts = decodes + tokens, P if size is None else MIXED_PROMPTS
+    ids, at = np.zeros(T, dtype=np.int64), np.zeros(T, dtype=np.int64)
+    slots = np.full(decodes + prompts, null_row, dtype=np.int32)
+    starts = np.full(prompts + 1, T, dtype=np.int32)
+    drawn = [(i, work.sequence.slot) for i, work in enumerate(step.decodes)]
+    at[:D] = [work.start for work in step.decodes]
+    slots[:D] = [slot for _, slot in drawn]
+    begin = decodes
+    for i, (sequence, start, count, samples, *_) in enumerate(step.prefills):
+        end = begin + count
+        ids[begin:end] = sequence.tokens[start : start + count]
+        at[begin:end] = np.arange(start, start + count)
+        slots[decodes + i], starts[i] = sequence.slot, begin
+        if samples:
+            drawn.append((end - 1, sequence.slot))
+        begin = end
+    starts[P:prompts] = begin
+    n = len(drawn) if size is None else len(slots)
+    drawn += [(0, null_row)] * (n - len(drawn))
+    last, rows = np.array(drawn, dtype=np.int64).reshape(n, 2).T
+    return [ids, at, last, rows, slots, starts]
 
 
 def buckets(most: int) -> list[int]:
@@ -261,9 +330,12 @@ def make_runner(
     if device.type == "cpu":
         settle_model(model)
     decoder = model
+    compile = compile and (device.type == "cpu" or has_kernels(device))  # what is left has no use for whole graphs
     if compile:
         decoder = compile_model(model, max_seq_len=model.config.max_seq_len, batch_size=options.max_running)
     block_size = options.block_size or (64 if device.type == "cuda" else 16)
+    # On a CPU a long step would hold up all answers for seconds.
+    max_step_tokens = options.max_step_tokens or max(8192 if device.type == "cuda" else 512, options.max_running)
     block_bytes = sum(x.nbytes for x in _storage(model, 1, block_size, kv_dtype, "meta"))
 
     def new(n_blocks: int, n_host_blocks: int = 0) -> Runner:
@@ -272,14 +344,14 @@ def make_runner(
             n_blocks=n_blocks,
             block_size=block_size,
             max_running=options.max_running,
-            max_step_tokens=options.max_step_tokens,
+            max_step_tokens=max_step_tokens,
             n_host_blocks=n_host_blocks,
             kv_dtype=kv_dtype,
             decoder=decoder,
         )
 
     if options.kv_cache_gb is None and device.type == "cuda":
-        fitting = -(-min(model.config.max_seq_len, options.max_step_tokens) // block_size) + 1
+        fitting = -(-min(model.config.max_seq_len, max_step_tokens) // block_size) + 1
         memory = free_memory(device, options.gpu_memory_utilization, lambda: new(fitting))
         remedy = "raise --gpu-memory-utilization or lower --max-step-tokens"
     else:
@@ -292,10 +364,13 @@ def make_runner(
             f"{2 * block_bytes / 1e9:.3f} GB; {remedy}"
         )
     runner = new(n_blocks, int(options.swap_gb * 1e9 // block_bytes))
+    if device.type == "cuda":
+        runner.run_largest()  # so that no request meets what that compiles, or a lack of memory
     if compile:
-        for size in reversed(buckets(options.max_running)) if device.type == "cuda" else (1, 2):
+        several = buckets(options.max_running) if device.type == "cuda" else [1, min(2, options.max_running)]
+        for size in reversed(several):
             runner.prepare(size)
-        hardware.synchronize(device)
+    hardware.synchronize(device)
     return runner
 
 

@@ -4,6 +4,7 @@ SIGTERM and Ctrl-C drain: nothing new is accepted, what runs may finish, and the
 second signal ends it at once.
 """
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -11,13 +12,18 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+import cli
+from model import Transformer
 from serving.api import ServerOptions, Service, make_app
+from serving.engine import Engine, EngineOptions
+from serving.runner import make_runner
+from tokenizer import Tokenizer
 
 log = logging.getLogger("tachyon")
 
@@ -102,10 +108,52 @@ class Server(uvicorn.Server):
         log.info(f"{signal.Signals(number).name}: finishing {self.service.running_requests} requests")
         self.service.draining = self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for bound in sockets or ():
+            host, port = bound.getsockname()[:2]
+            log.info(f"{self.service.name} at http://{f'[{host}]' if ':' in host else host}:{port}")
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         late = asyncio.get_running_loop().call_later(self.drain_s, self.service.end_all, "the server is shutting down")
         await super().shutdown(sockets)
         late.cancel()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_options(parser, ServerOptions)
+    cli.add_options(parser, EngineOptions)
+
+
+def take_options(parsed: argparse.Namespace) -> tuple[EngineOptions, ServerOptions]:
+    return cli.take_options(EngineOptions, parsed), cli.take_options(ServerOptions, parsed)
+
+
+def make_service(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    eos_ids: Sequence[int],
+    engine_options: EngineOptions,
+    options: ServerOptions,
+    max_seq_len: int | None = None,
+    kv_dtype: str | None = None,
+    compile: bool = False,
+) -> Service:
+    """The API over a loaded model. No sequence is longer than `max_seq_len`, the model's context or the cache."""
+    runner = make_runner(model, engine_options, kv_dtype=kv_dtype, compile=compile)
+    if max_seq_len is not None and max_seq_len > runner.max_seq_len:
+        raise ValueError(f"--max-seq-len {max_seq_len} is more than the {runner.max_seq_len} that model and cache hold")
+    return Service(
+        lambda deliver: Engine(runner, options=engine_options, deliver=deliver),
+        tokenizer,
+        name=name,
+        eos_ids=eos_ids,
+        vocab_size=runner.vocab_size,
+        max_seq_len=max_seq_len or runner.max_seq_len,
+        options=options,
+    )
 
 
 def bind(options: ServerOptions) -> socket.socket:
@@ -125,11 +173,10 @@ def bind(options: ServerOptions) -> socket.socket:
 
 def run(service: Service, bound: socket.socket) -> None:
     """Serve until a signal ends it."""
-    host, port = bound.getsockname()[:2]
+    host = bound.getsockname()[0]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is a file
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if not host.startswith("127.") and host != "::1" and not service.options.api_key:
         log.warning(f"anyone who reaches {host} can use this server: it listens there and has no --api-key")
-    log.info(f"{service.name} at http://{f'[{host}]' if ':' in host else host}:{port}")
     Server(service).run(sockets=[bound])
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

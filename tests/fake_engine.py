@@ -1,5 +1,6 @@
 """An engine without a model, and a real server around it: what the API's tests talk to."""
 
+import json
 import socket
 import threading
 import time
@@ -13,6 +14,8 @@ from serving.engine import EngineStats, Overloaded
 from serving.request import Output, Request, TokenLogprobs
 from serving.server import Server, bind
 from tokenizer import Tokenizer
+
+WAITING = 3  # what it says of its queue
 
 
 class FakeEngine:
@@ -62,8 +65,8 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self.live),
-            waiting=3,
-            kv_usage=0.25,
+            waiting=WAITING,
+            kv_usage=0.25 if self.live or WAITING else 0.0,
             prefix_hits=2,
             prefix_queries=9,
             preemptions=1,
@@ -142,6 +145,12 @@ class Live:
         while not condition():
             assert time.monotonic() < deadline, "it did not come to that"
             time.sleep(0.002)
+
+
+def request_bytes(body: dict, path: str = "/v1/completions") -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Makes tests/data/foreign: tiny checkpoints quantized and written by other libraries, for tests/test_foreign.py.
 
     python -m venv V && V/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate compressed-tensors==0.20.0
-    V/bin/pip install --no-deps --no-build-isolation auto-gptq==0.7.1 autoawq==0.2.9
+    V/bin/pip install --no-deps --no-build-isolation auto-gptq==0.7.1 autoawq==0.2.9 gptqmodel==7.7.0
+    V/bin/pip install threadpoolctl device-smi pypcre tokenicer logbar torchao defuser pillow   # what gptqmodel imports
     cd tests && ../V/bin/python make_foreign.py
 
-Only their modules for packing are imported from the last two, which no longer import whole. Weights are rounded to
-nearest, packed by the library, and beside each model.safetensors lie the logits of transformers' model on `TOKENS`, in
-fp32, with the weights that the library itself makes of what it packed.
+Only their modules for packing are imported from AutoGPTQ and AutoAWQ, which no longer import whole. Weights are rounded
+to nearest, packed by the library, and beside each model.safetensors lie the logits of transformers' model on `TOKENS`,
+in fp32, with the weights that the library itself makes of what it packed.
 """
 
 import copy
@@ -84,8 +85,10 @@ def plain(model: nn.Module) -> dict[str, Tensor]:
 # ---- GPTQ and AWQ ----------------------------------------------------------------------------------------------------
 
 
-def grid(weight: Tensor, group_of: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights rounded to codes, weights [N, K], and scales and zeros [N, G]; zeros are 1 at least, fp32."""
+def grid(
+    weight: Tensor, group_of: Tensor, *, bits: int, symmetric: bool, least: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights rounded to codes, weights [N, K], and scales and zeros [N, G]; zeros are `least` at least, fp32."""
     n_groups, most = int(group_of.max()) + 1, 2**bits - 1
     groups = [weight[:, group_of == g] for g in range(n_groups)]
     low = torch.stack([group.amin(1).clamp(max=0) for group in groups], 1)  # [N, G]
@@ -95,7 +98,7 @@ def grid(weight: Tensor, group_of: Tensor, *, bits: int, symmetric: bool) -> tup
         zero = torch.full_like(scale, 2 ** (bits - 1))
     else:
         scale = ((high - low) / most).half().float()
-        zero = (-low / scale).round().clamp(1, most)  # AutoGPTQ's packing of zeros minus 1 breaks on 0
+        zero = (-low / scale).round().clamp(least, most)  # AutoGPTQ's packing of zeros minus 1 breaks on 0
     scales, zeros = scale[:, group_of], zero[:, group_of]  # [N, K]
     codes = (weight / scales + zeros).round().clamp(0, most)
     return (codes - zeros) * scales, scale, zero
@@ -140,6 +143,40 @@ def gptq(name: str, *, bits: int, group: int, symmetric: bool, act_order: bool =
         "sym": symmetric,
         "true_sequential": True,
         "quant_method": "gptq",
+    }
+    write(name, model, quantized_linears(model, pack), quantization)
+
+
+def gptq_v2(name: str, *, group: int) -> None:
+    """Zeros as they are, down to 0, by GPTQModel."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    model = tiny_model()
+
+    def pack(linear: nn.Linear) -> tuple[dict[str, Tensor], Tensor]:
+        N, K = linear.weight.shape
+        linear = copy.deepcopy(linear)
+        linear.weight[:, :group].abs_()  # whose zeros are 0
+        group_of = torch.arange(K, dtype=torch.int32) // group
+        rounded, scale, zero = grid(linear.weight, group_of, bits=4, symmetric=False, least=0)
+        linear.weight.copy_(rounded)
+        packed = TorchLinear(4, group, False, False, K, N)
+        packed.pack_original(linear, scale, zero, group_of)
+        packed.post_init()
+        tensors = {kind: tensor.clone() for kind, tensor in packed.state_dict().items()}
+        packed.scales = packed.scales.float()  # so that the product with them is not rounded
+        return tensors, packed.dequantize_weight().t()
+
+    quantization = {
+        "bits": 4,
+        "group_size": group,
+        "desc_act": False,
+        "sym": False,
+        "true_sequential": True,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq_v2",
+        "pack_dtype": "int32",
     }
     write(name, model, quantized_linears(model, pack), quantization)
 
@@ -208,6 +245,7 @@ def main() -> None:
     gptq("gptq-int4-per-row", bits=4, group=-1, symmetric=True)
     gptq("gptq-int8-per-row", bits=8, group=-1, symmetric=True)
     gptq("gptq-int8-groups", bits=8, group=32, symmetric=True)
+    gptq_v2("gptq-v2-int4-asymmetric", group=32)
     awq("awq-int4", group=32)
     integers = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     partly = ["lm_head", "re:.*layers[.]0[.]mlp.*", "model.layers.1.self_attn.k_proj"]

@@ -14,7 +14,7 @@ import pytest
 
 from serving.engine import EngineStats
 from serving.request import Request
-from tests.fake_engine import Live, serve
+from tests.fake_engine import Live, request_bytes, serve
 from tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "hello there, naïve 你好 world"
@@ -393,15 +393,11 @@ def test_unknown_routes_and_methods_have_error_objects(live: Live) -> None:
     assert httpx.get(live.url + "/v1/nothing").status_code == 404
     wrong = httpx.get(live.url + "/v1/completions")
     assert wrong.status_code == 405 and "POST" in wrong.headers["allow"] and message_of(wrong)
+    assert httpx.post(live.url + "/health").status_code == 405
+    assert httpx.post(live.url + "/v1/completions").status_code == 400
 
 
 # ---- Readers --------------------------------------------------------------------------------------------------------
-
-
-def request_bytes(body: dict, path: str = "/v1/completions") -> bytes:
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,6 +1,10 @@
-"""quant/export.py: GPTQ's files as their own library writes them, which quant/foreign.py reads back exactly."""
+"""quant/export.py: GPTQ's files as their own libraries write them, which quant/foreign.py reads back exactly."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +25,7 @@ from tokenizer import load_tokenizer
 TEXT = Path(__file__).parent / "data" / "prose.txt"
 GPTQ = ["--method", "gptq", "--calibration", TEXT, "--samples", 4, "--seq-len", 32]
 FOREIGN = Path(__file__).parent / "data" / "foreign"
+TOKENS = [3, 17, 42, 9, 88, 5, 61, 30, 12, 77, 4, 19, 54, 2, 36, 71]  # whose logits lie beside a foreign model
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +60,64 @@ def weights(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: module.dequantize(torch.float32) for name, module in modules.items()}
 
 
-@pytest.mark.parametrize("name", ["gptq-int4", "gptq-int4-asymmetric", "gptq-int8-per-row"])
-def test_tensors_are_those_that_autogptq_wrote_of_the_same_codes(name, tmp_path):
+def export(name: str, output: Path) -> None:
+    """A model of `FOREIGN`, read and written again."""
     source = open_checkpoint(str(FOREIGN / name))
-    save_model(
-        load(FOREIGN / name), tmp_path / "out", recipe=source.recipe, scheme=export_scheme(source.recipe, source.config)
-    )
+    save_model(load(FOREIGN / name), output, recipe=source.recipe, scheme=export_scheme(source.recipe, source.config))
+
+
+WRITTEN = {  # by AutoGPTQ, and the second version by GPTQModel
+    "gptq-int4": "gptq",
+    "gptq-int4-asymmetric": "gptq",
+    "gptq-int8-per-row": "gptq",
+    "gptq-v2-int4-asymmetric": "gptq_v2",
+}
+
+
+@pytest.mark.parametrize(("name", "version"), WRITTEN.items())
+def test_tensors_are_those_that_a_library_wrote_of_the_same_codes(name, version, tmp_path):
+    export(name, tmp_path / "out")
     wanted, found = (load_file(folder / "model.safetensors") for folder in (FOREIGN / name, tmp_path / "out"))
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config, theirs = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (tmp_path / "out", FOREIGN / name)
+    )
     assert config == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert {key: theirs[key] for key in config.keys() & theirs.keys()}.items() <= config.items()
     for key, tensor in wanted.items():
         *_, kind = key.rpartition(".")
         if kind == "bias":  # that library gives every linear one, of zeros
             continue
         got = found[key]
-        if kind == "qzeros" and config["checkpoint_format"] == "gptq_v2":
+        if kind == "qzeros" and config["checkpoint_format"] != version:
             got = got - 0x11111111
         assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape) and torch.equal(got, tensor), key
     assert not {key for key in found if key.endswith(("data", "scale", "zero"))}
+
+
+TRANSFORMERS = """
+import sys, torch, transformers
+config = transformers.GPTQConfig(bits=int(sys.argv[2]), backend="torch")
+load = transformers.AutoModelForCausalLM.from_pretrained
+model = load(sys.argv[1], dtype=torch.float32, quantization_config=config)
+torch.save(model(torch.tensor([eval(sys.argv[3])])).logits[0].detach(), sys.argv[4])
+"""
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(library) is None for library in ("transformers", "optimum", "gptqmodel")),
+    reason="transformers reads GPTQ's files with optimum and gptqmodel",
+)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_transformers_makes_the_same_logits_of_what_is_written(name, tmp_path):
+    export(name, tmp_path / "out")
+    bits = "8" if "int8" in name else "4"
+    arguments = [tmp_path / "out", bits, TOKENS, tmp_path / "logits"]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", TRANSFORMERS, *map(str, arguments)], check=True, env=environment)
+    expected = load_file(FOREIGN / name / "logits.safetensors")["logits"]
+    error = (torch.load(tmp_path / "logits") - expected).abs().max()
+    assert error < 0.01 * expected.std()  # gptqmodel rounds its weights to fp16
 
 
 @pytest.mark.parametrize(

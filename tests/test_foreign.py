@@ -30,6 +30,7 @@ INT4, FLOAT = Storage("int4", 32), Storage("float")
 MODELS: dict[str, tuple[str, dict[str, Storage]]] = {  # what it is called, and how the layers' linears are stored
     "gptq-int4": ("gptq-int4-g32", dict.fromkeys(LINEARS, INT4)),
     "gptq-int4-asymmetric": ("gptq-int4-g32-asymmetric", dict.fromkeys(LINEARS, INT4)),
+    "gptq-v2-int4-asymmetric": ("gptq-int4-g32-asymmetric", dict.fromkeys(LINEARS, INT4)),
     "gptq-int4-per-row": ("gptq-int4-g64", dict.fromkeys(LINEARS, Storage("int4", 64)) | {"ffn.down": INT4}),
     "gptq-int4-act-order": ("gptq-float", dict.fromkeys(LINEARS, FLOAT)),
     "gptq-int8-per-row": ("gptq-int8", dict.fromkeys(LINEARS, Storage("int8"))),

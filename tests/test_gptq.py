@@ -9,10 +9,21 @@ from torch import Tensor
 from model import Block, Linear, Transformer
 from quant.calibrate import COLUMNS, Calibrated, Inputs, _inputs, _share, calibrate, output_error, sample_tokens
 from quant.gptq import choose_codes, gptq
-from quant.linears import Codes, Fp8Linear, Int4Linear, Int8Linear, QuantizedLinear, Recipe, round_int4, round_int8
+from quant.linears import (
+    Codes,
+    Fp8Linear,
+    Int4Linear,
+    Int8Linear,
+    QuantizedLinear,
+    Recipe,
+    round_fp8,
+    round_int4,
+    round_int8,
+)
 from tests.conftest import TINY, new_cache, tiny_model
 
 CONFIG = replace(TINY, dim=64, ffn_dim=160, n_heads=8, n_kv_heads=2, head_dim=8)  # down's rows take groups of 32
+FP8 = {"bits": 8, "floats": True, "group": 0, "symmetric": True, "dtype": torch.float32}
 INT4 = Recipe(format="int4", head="int8", method="gptq", group_size=64, symmetric=False)
 
 
@@ -76,6 +87,32 @@ def test_codes_are_those_of_the_paper_without_blocks(
         assert torch.equal(found.scale, grid.scale)
         assert (found.zero is None) if symmetric else torch.equal(found.zero, grid.zero)
     assert (slow != grid.codes).any()
+
+
+def test_codes_of_floats_are_those_of_the_paper_too() -> None:
+    weight, hessian = torch.randn(20, 96), hessian_of(correlated(300, 96))
+    nearest = round_fp8(weight)
+
+    def round_column(w: Tensor) -> Tensor:
+        return (w / nearest.scale).clamp(-448, 448).float().to(torch.float8_e4m3fn)
+
+    w, codes, scale = weight.double(), torch.zeros(weight.shape, dtype=torch.uint8), nearest.scale.double()
+    inverse = (hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(96)).inverse()
+    for q in hessian.diagonal().argsort(descending=True).tolist():
+        code = round_column(w[:, q])
+        codes[:, q] = code.view(torch.uint8)
+        w = w - ((w[:, q] - code.double() * scale) / inverse[q, q])[:, None] * inverse[q]
+        inverse = inverse - inverse[:, q : q + 1] * inverse[q : q + 1] / inverse[q, q]
+    found = gptq(weight, hessian, **FP8)
+    assert_same_but_for_ties(found.codes, codes)
+    assert torch.equal(found.scale, nearest.scale)
+    errors = []
+    for chosen in (found, nearest):
+        linear = Fp8Linear(96, 20, dtype=torch.float32)
+        linear.store_rows(0, chosen)
+        errors.append(output_error(weight, linear.dequantize(torch.float32), hessian))
+    assert errors[0] < 0.7 * errors[1]
+    assert (gptq(weight, torch.eye(96), **FP8).codes != nearest.codes).sum() <= 1  # a tie
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -206,7 +243,9 @@ def test_the_layout_decides_bits_groups_and_zeros() -> None:
     assert torch.equal(found.codes, gptq(weight, hessian, bits=8, group=0, symmetric=True, dtype=torch.bfloat16).codes)
     assert (found.scale.dtype, found.scale.shape) == (torch.float32, (6,))
     fp8 = Fp8Linear(64, 6, dtype=torch.bfloat16)
-    assert torch.equal(choose_codes(fp8, weight, hessian).codes, fp8.quantize(weight).codes)
+    found = choose_codes(fp8, weight, hessian)
+    assert torch.equal(found.codes, gptq(weight, hessian, **FP8).codes)
+    assert torch.equal(found.scale, fp8.quantize(weight).scale)
 
 
 # ---- Calibration ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,3 +144,32 @@ def test_peak_memory_and_process_age_are_sane() -> None:
 
 def test_the_devices_name_says_how_many_threads_there_are() -> None:
     assert hardware.device_name(CPU).endswith(f", {torch.get_num_threads()} threads")
+
+
+# ---- Between host and device -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_arrays_of_all_sizes_and_types_are_sent_in_one_copy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty  # as if there were a GPU
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, pin_memory=False, device=None: empty(*shape, dtype=dtype))
+    arrays = [
+        np.arange(3, dtype=np.int64),
+        np.zeros((0, 4), dtype=np.float32),
+        np.arange(6, dtype=np.int32).reshape(2, 3).T,  # not contiguous
+        np.array([[0.5], [np.inf]], dtype=np.float32),
+        np.array([], dtype=np.int64),
+        np.array([True, False, True]),
+        np.array([2**62], dtype=np.int64),
+    ]
+    sent = hardware.send(torch.device(device), *arrays)
+    assert len(sent) == len(arrays)
+    for got, want in zip(sent, arrays, strict=True):
+        assert got.shape == want.shape and np.array_equal(got.numpy(), want) and got.numpy().dtype == want.dtype
+    assert hardware.send(torch.device(device)) == []
+
+
+def test_tensors_arrive_on_the_host() -> None:
+    x, y = torch.arange(3), torch.ones(2, 2)
+    got = hardware.Arrival(x, y).wait()
+    assert torch.equal(got[0], x) and torch.equal(got[1], y)

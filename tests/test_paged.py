@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache import KV_DTYPES, PagedBatch, PagedCache
+from cache import KV_DTYPES
 from model import ModelConfig, Transformer
+from paged import PagedBatch, PagedCache
 from tests.conftest import TINY, new_cache, tiny_model
 
 BLOCK = 4

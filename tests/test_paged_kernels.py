@@ -6,11 +6,12 @@ import dataclasses
 import pytest
 import torch
 
-from cache import KV_DTYPES, PagedBatch, PagedCache
+from cache import KV_DTYPES
 from kernels import attention, codes, language, paged, tuning
 from kernels.attention import Heads, Pages, Scratch
 from kernels.decoder import Decoder
 from kernels.tuning import AttentionPlan, PromptPlan
+from paged import PagedBatch, PagedCache
 from tests.conftest import TINY, tiny_model
 from tests.test_kernels import DEVICE, random, same
 
@@ -245,3 +246,28 @@ def test_a_decoder_over_blocks_gives_the_models_logits(
             want = model(tokens, pos, caches[1].view(batch))
         # Where rounding moves a number over the middle of two codes, the two have different ones.
         same(got, want, 1e-4 if kv_dtype is None else 5e-3)
+
+
+def test_a_padded_forward_gives_what_it_gives_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(device=DEVICE)
+    config = model.config
+    monkeypatch.setattr(language, "on_gpu", lambda x: True)
+    decoder = Decoder(copy.deepcopy(model), max_seq_len=48, batch_size=4)
+    cache = PagedCache.allocate(
+        n_blocks=9, block_size=16, n_layers=config.n_layers, n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim, dtype=torch.float32, device=DEVICE,
+    )  # fmt: skip
+    tables = torch.tensor([[5, 2, 7], [1, 8, 3], [0, 0, 0]], dtype=torch.int32, device=DEVICE)  # row 2 pads
+
+    def logits(tokens: list[int], pos: list[int], rows: list[int], decodes: int, starts: list[int]) -> torch.Tensor:
+        row, start = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (rows, starts))
+        batch = PagedBatch(tables, row, decodes, start, len(tokens))
+        ids, at = (torch.tensor([x], device=DEVICE) for x in (tokens, pos))
+        with torch.no_grad():
+            return decoder.logits(decoder.hidden(ids, at, cache.view(batch)))[0]
+
+    logits([3, 1, 4, 1, 5], [0, 1, 2, 3, 4], [0], 0, [0, 5])  # what came before
+    want = logits([9, 2, 6, 5], [5, 0, 1, 2], [0, 1], 1, [1, 4])
+    got = logits([9, 0, 0, 2, 6, 5, *[0] * 18], [5, 0, 0, 0, 1, 2, *[0] * 18], [0, 2, 2, 1, 2, 2], 3, [3, 6, 6, 24])
+    same(got[[0, 3, 4, 5]], want, 1e-5)
+    assert got.isfinite().all()

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from tokenizer import load_tokenizer
 ROOT = Path(quantize.__file__).parent
 FORMATS = {  # how the command line asks for it, and the recipe that it means
     "int8": (["--bits", "8"], Recipe(format="int8", head="int8")),
-    "fp8": (["--bits", "8", "--format", "fp"], Recipe(format="fp8", head="fp8")),
+    "fp8": (["--bits", "8", "--format", "fp"], Recipe(format="fp8", head="int8")),
     "int4-asymmetric": (["--bits", "4"], Recipe(format="int4", head="int8", symmetric=False)),
     "int4": (["--bits", "4", "--symmetric"], Recipe(format="int4", head="int8")),
     "int4-g32-asymmetric": (
@@ -216,7 +217,7 @@ def test_the_config_has_the_recipe_and_what_differs_from_it(sources, run, tmp_pa
         "layout": 2,
         "method": "rtn",
         "format": "fp8",
-        "exceptions": {},
+        "exceptions": {"lm_head": {"format": "int8"}},
     }
 
 
@@ -500,10 +501,20 @@ def test_scales_that_overflow_in_another_dtype_are_named(sources, run, tmp_path)
 TEXT = ROOT / "tests" / "data" / "prose.txt"
 
 
-@pytest.mark.parametrize(("method", "model"), [("gptq", "plain"), ("gptq", "tied"), ("awq", "tied"), ("awq", "biased")])
-def test_methods_leave_a_smaller_error_in_the_logits_than_rounding(method, model, sources, run, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "model", "format"),
+    [
+        ("gptq", "plain", "int4"),
+        ("gptq", "tied", "int4"),
+        ("gptq", "biased", "fp8"),
+        ("awq", "tied", "int4"),
+        ("awq", "biased", "int4"),
+    ],
+)
+def test_methods_leave_a_smaller_error_in_the_logits_than_rounding(method, model, format, sources, run, tmp_path):
     calibration = ["--method", method, "--calibration", TEXT, "--samples", 16, "--seq-len", 64]
-    command = ["--checkpoint", sources[model], "--group-size", 32, "--dtype", "float32"]
+    bits = ["--bits", 8, "--format", "fp"] if format == "fp8" else ["--group-size", 32]
+    command = ["--checkpoint", sources[model], *bits, "--dtype", "float32"]
     out, err = run(*command, *calibration, "--output", tmp_path / method, "--json")
     run(*command, "--output", tmp_path / "rtn")
     linears = json.loads(out)["linears"]
@@ -554,7 +565,6 @@ def test_awq_changes_norms_and_biases_and_the_checkpoint_carries_them(sources, r
         (["--method", "awq", "--calibration", TEXT, "--bits", 8], ["awq", "--bits 4", "--bits 8"]),
         (["--method", "awq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["awq", "--bits 4", "--format fp"]),
         (["--method", "awq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
-        (["--method", "gptq", "--calibration", TEXT, "--bits", 8, "--format", "fp"], ["gptq", "--format fp"]),
         (["--method", "gptq", "--calibration", TEXT, "--samples", 0], ["--samples must be at least 1; got 0"]),
         (["--method", "awq", "--calibration", TEXT, "--seq-len", -1], ["--seq-len must be at least 1; got -1"]),
         (["--method", "gptq", "--calibration", TEXT, "--samples", 10**7], ["10000000 sequences", "longer text"]),
@@ -671,6 +681,35 @@ def test_a_full_disk_keeps_the_layers_before_and_the_same_command_goes_on(place,
     assert not Path("out").exists() and not [path for path in Path().rglob("*") if "part" in path.name]
     assert f"goes on after layer {1 if place is resume else 2} of 2" in run(*calibrated(sources))[1]
     assert open_checkpoint("out").recipe.method == "gptq" and not Path(".out.work").exists()
+
+
+KILLED = """
+import os, signal, sys
+import checkpoint, cli, quantize
+
+def save_file(tensors, path, **options):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_file = save_file
+cli.run(quantize.main, sys.argv[1:])
+"""
+
+
+def test_a_kill_while_the_output_is_written_leaves_none_and_the_same_command_goes_on_and_sweeps(sources, run):
+    command = [*map(str, calibrated(sources)), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, env=environment, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = Path().glob(".out.*.part")
+    assert (left / "model.safetensors").read_bytes() == b"half" and not Path("out").exists()
+    kept = [f".out.{os.getppid()}.part", ".out.my.part"]  # of a process that runs, and of nobody
+    for name in kept:
+        Path(name).mkdir()
+    assert "goes on after layer 2 of 2" in run(*calibrated(sources))[1]
+    run(*calibrated(sources, "gptq", "whole"))
+    assert same(load("out"), load("whole"))
+    assert sorted(path.name for path in Path().glob(".*")) == sorted(kept)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

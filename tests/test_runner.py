@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,8 @@ from model import Transformer
 from sampling import SamplingParams
 from serving.engine import Engine, EngineOptions
 from serving.request import Output, Request, TokenLogprobs
-from serving.runner import Runner, buckets, make_runner
+from serving.runner import MIXED_PROMPTS, MIXED_TOKENS, Runner, buckets, free_memory, make_runner
+from serving.scheduler import Step, Work
 from tests.conftest import TINY, new_cache, tiny_model
 
 V = TINY.vocab_size
@@ -125,33 +126,63 @@ def test_a_request_gets_in_a_crowd_what_it_gets_alone(switches: str, sizes: dict
 class Replayed:
     """Stands for a CUDA graph: runs its step again, with the results in the memory of the first time."""
 
-    def __init__(self, runner: Runner, size: int, greedy: bool) -> None:
-        self.step = functools.partial(runner._step, size, greedy)
-        self.results = self.step()
+    def __init__(self, run: Callable) -> None:
+        self.run, self.results = run, run()
 
     def replay(self) -> None:
-        for old, new in zip(self.results, self.step(), strict=True):
+        both = ((x,) if isinstance(x, torch.Tensor) else x for x in (self.results, self.run()))
+        for old, new in zip(*both, strict=True):
             if old is not None:
                 old.copy_(new)
 
 
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
+    """Lets runners capture graphs that are none; the graphs."""
+    graphs = []
+
+    def capture(runner: Runner, run: Callable) -> tuple[Replayed, object]:
+        graphs.append(Replayed(run))
+        return graphs[-1], graphs[-1].results
+
+    monkeypatch.setattr(Runner, "_capture", capture)
+    return graphs
+
+
+@pytest.mark.parametrize("sizes", [{}, {"max_step_tokens": 1000}], ids=["chunks", "whole prompts"])
 @pytest.mark.parametrize("switches", SWITCHES)
-def test_graphs_of_the_kernels_steps_give_the_same(switches: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_of_the_kernels_steps_give_the_same(
+    switches: str, sizes: dict, captured: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(replace(TINY, **SWITCHES[switches]))
     decoder = Decoder(model, max_seq_len=TINY.max_seq_len, batch_size=18)
-    runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61)
+    runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61, **sizes)
+    runner.captures = True
+    runner.run_largest()
     for size in buckets(18):
-        for greedy in (True, False):
-            graph = Replayed(runner, size, greedy)
-            runner.graphs[size, greedy] = graph, *graph.results
+        runner.prepare(size)
     monkeypatch.setattr(runner, "_step", lambda size, greedy: pytest.fail("ran without its graph"))
     expected = crowd_alone(switches)
-    served = serve(runner, *crowd())  # in steps of all sizes, in which some are sampled
-    assert served.tokens == expected
+    assert serve(runner, *crowd()).tokens == expected  # in steps of all sizes, in which some are sampled
+    prepared = 2 * len(buckets(18))
+    assert len(captured) == prepared + len(runner.mixed_graphs) > prepared + 1
     greedy = [r for r in crowd() if r.params.temperature == 0.0]
     for company in (greedy[:1], greedy[:5]):
         served = serve(runner, *company)
         assert served.tokens == {(r.id, 0): expected[r.id, 0] for r in company}
+
+
+def test_many_or_long_prompts_are_run_as_they_are(captured: list[Replayed]) -> None:
+    model = tiny_model()
+    decoder = Decoder(model, max_seq_len=TINY.max_seq_len, batch_size=18)
+    runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61, max_step_tokens=1000)
+    runner.captures = True
+    expected = crowd_alone("llama")
+    assert serve(runner, *crowd()).tokens == expected  # of which the first step has all
+    steps = Step(prefills=[Work(None, 0, MIXED_TOKENS[-1] + 1, True, 0)])
+    assert runner._mixed_size(steps) is None
+    assert runner._mixed_size(Step(prefills=[Work(None, 0, 1, True, 0)] * MIXED_PROMPTS)) is None
+    assert runner._mixed_size(Step(prefills=[Work(None, 0, 1, True, 0)] * (MIXED_PROMPTS - 1))) == (0, MIXED_TOKENS[0])
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -294,15 +325,17 @@ def test_every_batch_has_a_bucket_and_the_largest_exactly() -> None:
 
 
 def test_a_graph_of_a_larger_size_computes_the_same(model: Transformer) -> None:
-    """What pads a batch changes nothing, and stays where it is."""
+    """What pads a batch changes nothing, and is never longer than the others."""
     runner = new_runner(model, max_running=6)
     requests = [ask(str(i), prompt_of(5 + i, i), max_new_tokens=20) for i in range(3)]
     step = runner._step
-    runner._step = lambda size, fused: step(6, fused)
+    runner._step = lambda size, greedy: step(6, greedy)
     served = serve(runner, *requests)
     for request in requests:
         assert served.tokens[request.id, 0] == alone(model, request)
-    assert runner.position[runner.null_row] == 0
+    assert 0 < runner.position[runner.null_row] < 20
+    runner.prepare(6)
+    assert runner.position[runner.null_row] == 2  # a step each of two kinds
 
 
 def test_a_runner_takes_the_memory_it_is_given(model: Transformer) -> None:
@@ -314,6 +347,23 @@ def test_a_runner_takes_the_memory_it_is_given(model: Transformer) -> None:
     quantized = make_runner(model, options, kv_dtype="int8")
     assert quantized.n_blocks > 2 * runner.n_blocks
     assert make_runner(model, dataclasses.replace(options, kv_cache_gb=0.00005, block_size=4)).max_seq_len < 200
+
+
+def test_what_steps_need_and_what_is_not_ours_is_not_the_caches(
+    monkeypatch: pytest.MonkeyPatch, model: Transformer
+) -> None:
+    runner = new_runner(model, max_running=2)
+    free = iter([70e9, 70e9 - 3e9 - runner.cache.nbytes])  # a trial leaves 3 GB with torch
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 80e9))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert free_memory(torch.device("cuda"), 0.9, lambda: runner) == pytest.approx(70e9 - 3e9 - 8e9)
+
+
+def test_a_cpus_steps_are_short_and_have_room_for_all_that_run(model: Transformer) -> None:
+    sizes = {(0, 4): 512, (0, 600): 600, (32, 4): 32}
+    for (most, running), tokens in sizes.items():
+        options = EngineOptions(kv_cache_gb=0.001, max_running=running, max_step_tokens=most)
+        assert make_runner(model, options).max_step_tokens == tokens
 
 
 def test_a_cache_without_room_is_refused(model: Transformer) -> None:
