@@ -27,7 +27,8 @@ import hardware
 from cache import KV_DTYPES, check_kv_dtype
 from quant.linears import RECIPES
 from sampling import SamplingParams
-from scripts import compare, traffic
+from scripts import traffic
+from scripts.plots import check_plot
 from serving.engine import Engine, EngineOptions
 from serving.request import Request
 
@@ -245,7 +246,7 @@ def main(arguments: list[str]) -> None:
     parsed = parser.parse_args(arguments)
     options, engine_options = cli.take_options(Options, parsed), cli.take_options(EngineOptions, parsed)
     if options.plot is not None:
-        compare.check_plot(options.plot)
+        check_plot(options.plot)
     if options.offline:
         checkpoint.cache_dir()  # holds what the compiled code needs: fails now rather than after the work
         result = offline(options, engine_options)

@@ -6,9 +6,7 @@ So models are loaded one after another, and a text of any length fits.
 """
 
 import gc
-import importlib.util
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from model import Linear, Transformer
 from quant.linears import RECIPES, QuantizedLinear
 from sampling import SamplingParams
 from scripts import bench
+from scripts.plots import picture
 from scripts.scoring import Row, note, positions, windows_of
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ VARIANTS = {  # what may follow a checkpoint after a plus
     **{name: {"quantize": name} for name in RECIPES},
     **{f"kv-{name}": {"kv_dtype": name} for name in KV_DTYPES},
 }
-PLOTS = (".png", ".svg", ".pdf")
 SPEED = {"prompt_len": 32, "new_tokens": 32, "repeats": 3}  # what decoding is timed on
 
 
@@ -205,37 +203,19 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
-def check_plot(path: Path) -> None:
-    """ValueError where `plot` could not write `path`: before the work rather than after it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib, which is not installed: pip install -e .[eval]")
-    if path.suffix.lower() not in PLOTS:
-        raise ValueError(f"--plot {path} is no kind of picture that is written; end its name in {', '.join(PLOTS)}")
-    folder = path.expanduser().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--plot {path} cannot be written: {folder} has to be a folder that can be, {path.name} none")
-
-
 def plot(models: Sequence[dict], path: Path) -> None:
     """Draw perplexity against size: a point for each model, and a line at the reference's perplexity."""
-    import matplotlib
-
-    matplotlib.use("agg")  # draws without a screen
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     unit, name = (1e9, "GB") if max(model["bytes"] for model in models) >= 1e9 else (1e6, "MB")
     perplexities = [model["perplexity"] for model in models]
-    axes.axhline(perplexities[0], color="0.6", linewidth=1, linestyle="--", zorder=0)
-    for i, model in enumerate(models):  # hollow, so that one point does not hide another
-        style = {"marker": "osD^v+x"[i % 7], "color": f"C{i % 10}", "linestyle": "none", "fillstyle": "none"}
-        axes.plot(model["bytes"] / unit, model["perplexity"], markeredgewidth=1.8, label=model["model"], **style)
-    if max(perplexities) > 5 * min(perplexities):
-        axes.set_yscale("log")
-    axes.margins(0.08)
-    axes.set_xlabel(f"size, {name}")
-    axes.set_ylabel("perplexity")
-    axes.grid(color="0.92")
-    figure.legend(loc="outside right upper")
-    figure.savefig(path.expanduser(), dpi=150)
-    pyplot.close(figure)
+    with picture(path, size=(9, 5.5)) as (figure, (axes,)):
+        axes.axhline(perplexities[0], color="0.6", linewidth=1, linestyle="--", zorder=0)
+        for i, model in enumerate(models):  # hollow, so that one point does not hide another
+            style = {"marker": "osD^v+x"[i % 7], "color": f"C{i % 10}", "linestyle": "none", "fillstyle": "none"}
+            axes.plot(model["bytes"] / unit, model["perplexity"], markeredgewidth=1.8, label=model["model"], **style)
+        if max(perplexities) > 5 * min(perplexities):
+            axes.set_yscale("log")
+        axes.margins(0.08)
+        axes.set_xlabel(f"size, {name}")
+        axes.set_ylabel("perplexity")
+        axes.grid(color="0.92")
+        figure.legend(loc="outside right upper")

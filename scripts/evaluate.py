@@ -26,6 +26,7 @@ from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
 from scripts import compare
+from scripts.plots import check_plot
 from scripts.scoring import Row, Score, note, score, windows_of
 from tokenizer import Tokenizer
 
@@ -264,7 +265,7 @@ def evaluate(options: Options) -> dict:
 def run_compare(options: Options) -> dict:
     """The figures of all models, shown as they come to people, and drawn where asked for."""
     if options.plot is not None:
-        compare.check_plot(options.plot)
+        check_plot(options.plot)
     models = []
     for figures in compare.compare(options):
         models.append(figures)

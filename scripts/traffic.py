@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from scripts.plots import picture
+
 TIMEOUT_S = 1200.0  # for one request, its time in a queue included
 SAMPLE_TEXT = "It was a bright day in April, and 1 + 2 = 3. The quick brown fox jumps over a lazy dog; why not?\n"
 SHAREGPT = {"prompt": (120, 1.1), "answer": (133, 0.9)}  # medians of log-normal lengths, and their sigma
@@ -217,20 +219,13 @@ def summary(seen: Sequence[Seen], limits: dict[str, float]) -> dict:
 
 def plot(loads: Sequence[dict], path: Path) -> None:
     """Draw latency against load, a panel for each kind of it."""
-    import matplotlib
-
-    matplotlib.use("agg")  # draws without a screen
-    from matplotlib import pyplot
-
     panels = {"ttft_ms": "first token", "inter_token_ms": "between tokens", "e2e_ms": "whole answer"}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 4), layout="constrained")
-    for axis, (name, title) in zip(axes, panels.items(), strict=True):
-        points = [(load["request_s"], load[name]) for load in loads if load[name]]
-        for percentile in ("p50", "p90", "p99"):
-            axis.plot([x for x, _ in points], [y[percentile] for _, y in points], marker="o", label=percentile)
-        axis.set(title=title, xlabel="requests answered a second", ylabel="ms")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path)
-    pyplot.close(figure)
+    with picture(path, size=(12, 4), panels=len(panels)) as (_, axes):
+        for axis, (name, title) in zip(axes, panels.items(), strict=True):
+            points = [(load["request_s"], load[name]) for load in loads if load[name]]
+            for percentile in ("p50", "p90", "p99"):
+                axis.plot([x for x, _ in points], [y[percentile] for _, y in points], marker="o", label=percentile)
+            axis.set(title=title, xlabel="requests answered a second", ylabel="ms")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        axes[0].legend()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -86,6 +86,7 @@ class Metrics(Collector):
         self.http: Counter[tuple[str, str]] = Counter()  # answers by (path, status)
         self.registry = CollectorRegistry()
         self.registry.register(self)
+        ProcessCollector(registry=self.registry)  # memory, files, CPU time
 
     def ended(
         self, *, arrived: float, queued_s: float, first: float, end: float, prompts: int, longest: int, made: int
