@@ -353,7 +353,9 @@ class Answering(Response):
         over = False
         while not over:
             data, over = reply.take(), reply.done
+            reply.sending = True
             await send({"type": "http.response.body", "body": data, "more_body": not over})
+            reply.sending = False
             if not over:
                 await reply.wait()
 

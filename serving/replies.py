@@ -81,6 +81,7 @@ class Reply:
         self.queued_s = 0.0
         self.error: ApiError | None = None
         self.disconnected = self.was_cut = False
+        self.sending = False  # what was taken has not all gone out yet
         self.reader: asyncio.Task | None = None  # who sends the events
         self._events: list[str] = []
         self._unread = 0
@@ -154,8 +155,8 @@ class Reply:
 
     @property
     def behind(self) -> bool:
-        """Whether the reader has left too much unread."""
-        return self._unread > MAX_UNREAD
+        """Whether the reader has left too much unread; what we did not even try to send is not the reader's fault."""
+        return self.sending and self._unread > MAX_UNREAD
 
     def cut(self) -> None:
         """Drop a reader who does not read."""
