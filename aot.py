@@ -6,8 +6,8 @@ library that takes nothing but tensors, so one serves every layer of a kind, a c
 start loads it from disk without compiling or even tracing.
 
 It is for one token: of one row over a static cache, or of any number of sequences over a paged one. Longer inputs,
-where the matrices dominate, run as they are, and so do quantized matrices times several rows. Where such a library
-cannot be loaded, torch.compile does its work.
+where the matrices dominate, run as they are, and so do several rows where a quantized matrix has no operator for them.
+Where such a library cannot be loaded, torch.compile does its work.
 """
 
 import contextlib
@@ -67,6 +67,10 @@ def _libraries(
     return library
 
 
+def _quantized(layer: model.Block) -> list[linears.QuantizedLinear]:
+    return [module for module in layer.modules() if isinstance(module, linears.QuantizedLinear)]
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Everything that `module` holds and a library is handed, by name."""
     return dict([*module.named_parameters(), *module.named_buffers()])
@@ -78,7 +82,7 @@ class _Layer:
     def __init__(self, layer: model.Block, libraries: Callable[[torch.dtype, int | None, bool], "_Library"]) -> None:
         self.eager, self.sliding, self.libraries = layer.forward, layer.attention.sliding, libraries
         self.weights = list(_tensors(layer).values())
-        self.quantized = any(isinstance(module, linears.QuantizedLinear) for module in layer.modules())
+        self.quantized = _quantized(layer)
 
     @functools.cached_property
     def compiled(self) -> Callable[..., Tensor]:
@@ -101,7 +105,9 @@ class _Layer:
         """What a library has to know of the blocks where all x [1, T, C] are single tokens; None where they are not."""
         blocks, rows = parts[0].blocks, x.shape[1]
         # A dynamic size starts at 2.
-        if len(blocks) != rows or blocks.shape[1] == 1 or (self.quantized and rows > 1):
+        if len(blocks) != rows or blocks.shape[1] == 1:
+            return None
+        if rows > 1 and not all(rows <= module.few and module.has_operator(x.dtype) for module in self.quantized):
             return None
         return [blocks, *kv.view.places]
 
@@ -168,7 +174,8 @@ class _PagedLayerFunction(_LayerFunction):
     def dynamic_shapes(self, count: int) -> list:
         Dim, weights = torch.export.Dim, len(self.names)
         N, n_blocks = (Dim(name, min=2, max=1 << 24) for name in ("N", "n_blocks"))
-        B = Dim("B", min=2, max=1 << 16) if self.several else Dim.STATIC
+        most = min((module.few for module in _quantized(self.block[0])), default=1 << 16)
+        B = Dim("B", min=2, max=most) if self.several else Dim.STATIC
         stored = [{0: n_blocks}] * (count - 7 - weights)
         return [*[{1: B}] * 4, {0: B, 1: N}, {0: B}, {0: B}, *stored, *[None] * weights]
 

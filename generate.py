@@ -34,7 +34,7 @@ from answer import GrowingText
 from cache import KV_DTYPES, StaticCache, check_kv_dtype
 from compiling import compile_model
 from model import Transformer
-from quant.linears import RECIPES, QuantizedLinear, settle_model
+from quant.linears import RECIPES, settle_model, weight_bytes
 from sampling import SamplingBatch, SamplingParams, sample
 from tokenizer import Tokenizer
 
@@ -104,12 +104,7 @@ class Generator:
 
     def step_bytes(self, length: int, rows: int = 1) -> int:
         """Bytes a decode step has to read: each weight once, and the live cache."""
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
-        # Of the embedding it reads a row. Where that is the head as well, it stays in the list by its other name.
-        del weights["embed.weight"]
-        linears = [module for module in self.model.modules() if isinstance(module, QuantizedLinear)]
-        held = [*weights.values(), *linears, self.cache.narrow(length, rows=rows)]
-        return sum(part.nbytes for part in held)
+        return weight_bytes(self.model) + self.cache.narrow(length, rows=rows).nbytes
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request]) -> Iterator[Request]:
@@ -331,26 +326,32 @@ class Meter:
                 self.decode_bytes += steps * self.generator.step_bytes(live, len(requests))
 
     def stats(self, *, load_s: float, compile_s: float, quantize: str | None = None) -> dict:
-        device = self.generator.device
-        peak = hardware.peak_memory_bytes(device)  # before the probe takes more
-        bandwidth = hardware.read_bandwidth(device, checkpoint.cache_dir())
-        per_s = self.decode_bytes / self.decode_s if self.decode_s else 0.0
+        generator = self.generator
         return {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "ttft_s": sorted(self.ttft_s)[len(self.ttft_s) // 2] if self.ttft_s else None,
             "decode_tok_s": self.decode_tokens / self.decode_s if self.decode_s else 0.0,
-            "decode_gbs": per_s / 1e9,
-            "read_gbs": bandwidth / 1e9,
-            "bandwidth_fraction": per_s / bandwidth,
+            **device_stats(generator.device, self.decode_bytes / self.decode_s if self.decode_s else 0.0),
             "compile_s": compile_s,
             "load_s": load_s,
-            "peak_memory_gb": peak / 1e9,
-            "device": hardware.device_name(device),
-            "dtype": str(self.generator.cache.layers[0].dtype).removeprefix("torch."),
+            "dtype": str(generator.cache.layers[0].dtype).removeprefix("torch."),
             "quantize": quantize,
-            "kv_dtype": self.generator.kv_dtype,
+            "kv_dtype": generator.kv_dtype,
         }
+
+
+def device_stats(device: torch.device, bytes_per_s: float) -> dict:
+    """What a speed means on a device, and what it took of its memory."""
+    peak = hardware.peak_memory_bytes(device)  # before the probe takes more
+    bandwidth = hardware.read_bandwidth(device, checkpoint.cache_dir())
+    return {
+        "decode_gbs": bytes_per_s / 1e9,
+        "read_gbs": bandwidth / 1e9,
+        "bandwidth_fraction": bytes_per_s / bandwidth,
+        "peak_memory_gb": peak / 1e9,
+        "device": hardware.device_name(device),
+    }
 
 
 def describe(stats: dict) -> str:
@@ -371,6 +372,7 @@ def weights_of(stats: dict) -> str:
     return f"{', '.join(parts)}, else {stats['dtype']}" if parts else stats["dtype"]
 
 
+JSONL_BATCH = 256
 CHAT_CONTEXT = 16384  # a cache of the whole context of a model made for 128k may not fit beside it
 
 
@@ -388,7 +390,11 @@ class Options:
         "random:PRESET or random:path/to/config.json",
     )
     prompt: str | None = cli.option(None, "text to continue; without it or --prompt-file, standard input is the prompt")
-    prompt_file: Path | None = cli.option(None, "one prompt a line, or a JSON list of strings")
+    prompt_file: Path | None = cli.option(
+        None,
+        "one prompt a line, or a JSON list of strings; a .jsonl file has a JSON object or string a line, any number of "
+        "them, and an answer is printed as a line of JSON when it is done",
+    )
     chat: bool = cli.option(False, "put each prompt into the model's chat template")
     system: str | None = cli.option(None, "system message for --chat and --interactive")
     interactive: bool = cli.option(False, "chat: /reset, /stats, /save FILE, Ctrl-C stops an answer, Ctrl-D leaves")
@@ -398,7 +404,9 @@ class Options:
     stop: tuple[str, ...] = cli.option((), "end an answer before this text; may be given several times", metavar="TEXT")
     ignore_eos: bool = cli.option(False, "go on past the end-of-text token, for measuring")
     num_samples: int = cli.option(1, "answers for each prompt, with seeds counting up")
-    batch_size: int = cli.option(1, "how many answers are decoded together")
+    batch_size: int | None = cli.option(
+        None, f"how many answers are decoded together (default: 1, and {JSONL_BATCH} for a .jsonl file)"
+    )
     seed: int | None = cli.option(None, "makes sampling repeatable (default: a new one each time)")
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
     quantize: str | None = cli.option(
@@ -502,8 +510,9 @@ def complete(
 ) -> list[dict]:
     """Decode every request in groups of the batch size, printing text as it comes, and return the samples."""
     samples = []
-    for begin in range(0, len(requests), options.batch_size):
-        group = requests[begin : begin + options.batch_size]
+    size = meter.generator.batch_size
+    for begin in range(0, len(requests), size):
+        group = requests[begin : begin + size]
         continues = not (options.chat or options.system is not None)
         answers = {request: Answer(request, tokenizer, options.stop, continues=continues) for request in group}
         stream = len(group) == 1 and not options.json
@@ -535,6 +544,65 @@ def _print_head(index: int, prompts: list[str], options: Options) -> None:
         print(f"--- {index + 1} of {len(prompts)}")
     if options.echo:
         print(prompts[index], end="", flush=True)
+
+
+def run_lines(options: Options, params: SamplingParams, source: checkpoint.Checkpoint, model: Transformer) -> dict:
+    """Answer a file of JSON lines by the batching engine, and print each answer unless it is for `--json`: the stats,
+    with the samples among them if it is.
+    """
+    from serving import offline
+    from serving.engine import Engine, EngineOptions
+    from serving.runner import make_runner
+
+    tokenizer, size = source.tokenizer, options.batch_size or JSONL_BATCH
+    defaults = offline.Defaults(
+        params=params,
+        max_new_tokens=options.max_new_tokens,
+        n=options.num_samples,
+        stop=options.stop,
+        stop_ids=frozenset() if options.ignore_eos else frozenset(source.eos_ids),
+        chat=options.chat,
+        system=options.system,
+        max_seq_len=options.max_seq_len,
+    )
+    start = time.perf_counter()
+    engine_options = EngineOptions(max_running=size, max_queued=0)
+    runner = make_runner(model, engine_options, kv_dtype=options.kv_dtype, compile=options.compile)
+    compile_s = time.perf_counter() - start
+    engine = Engine(runner, options=engine_options)
+    weights, moved, ttft_s, samples = weight_bytes(model), 0.0, [], []
+    errors = 0
+
+    def count_bytes() -> None:
+        nonlocal moved
+        moved += weights + engine.stats().kv_usage * runner.cache.nbytes
+
+    jobs = (offline.make_job(*line, defaults, tokenizer) for line in offline.read(options.prompt_file))
+    start = time.perf_counter()
+    for job in offline.run(engine, jobs, window=2 * size, turned=count_bytes):
+        if job.first_token is not None:
+            ttft_s.append(job.first_token - job.request.arrived)
+        errors += job.error is not None
+        if options.json:
+            samples += job.samples
+            continue
+        for line in job.samples:
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+    seconds, counts = time.perf_counter() - start, engine.stats()
+    stats = {
+        "prompt_tokens": counts.prompt_tokens,
+        "new_tokens": counts.generated_tokens,
+        "ttft_s": sorted(ttft_s)[len(ttft_s) // 2] if ttft_s else None,
+        "decode_tok_s": counts.generated_tokens / seconds,  # prompts included, which the same steps have
+        **device_stats(model.norm.weight.device, moved / seconds),
+        "compile_s": compile_s,
+        "dtype": options.dtype,
+        "quantize": options.quantize or source.quantized,
+        "kv_dtype": options.kv_dtype,
+        "errors": errors,
+        "preemptions": counts.preemptions,
+    }
+    return {"samples": sorted(samples, key=lambda sample: sample["line"]), "stats": stats}
 
 
 def serve(options: Options, parsed: argparse.Namespace) -> None:
@@ -605,15 +673,24 @@ def main(arguments: list[str]) -> None:
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     requests: list[Request] = []
     prompts: list[str] = []
-    if not options.interactive:
+    lines = options.prompt_file is not None and options.prompt_file.suffix == ".jsonl"
+    if lines:
+        from serving import offline
+
+        offline.check(options.prompt_file)  # now rather than after an hour
+    elif not options.interactive:
         requests, prompts = make_requests(options, source, system, params, stop_ids, limit)
         limit = options.max_seq_len or max(len(r.prompt) + r.max_new_tokens for r in requests)
     elif options.max_seq_len is None:
         limit = min(limit, CHAT_CONTEXT)
     model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress)
     load_s = time.perf_counter() - start
+    if lines:
+        result = run_lines(options, params, source, model)
+        result["stats"]["load_s"] = load_s
+        return show(result, options)
 
-    batch_size = min(options.batch_size, len(requests)) if requests else 1
+    batch_size = min(options.batch_size or 1, len(requests)) if requests else 1
     generator = Generator(
         model, max_seq_len=limit, batch_size=batch_size, compile=options.compile, kv_dtype=options.kv_dtype
     )
@@ -639,11 +716,15 @@ def main(arguments: list[str]) -> None:
         samples = complete(meter, requests, prompts, tokenizer, options)
     if profiler is not None:
         profiler.export_chrome_trace(str(options.profile))
-    stats = figures()
+    show({"samples": samples, "stats": figures()}, options)
+
+
+def show(result: dict, options: Options) -> None:
+    """The end of a run: the document that was asked for, or its figures."""
     if options.json:
-        cli.print_json({"samples": samples, "stats": stats})
+        cli.print_json(result)
     else:
-        print(describe(stats), file=sys.stderr)
+        print(describe(result["stats"]), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,7 @@ class QuantizedLinear(nn.Module):
     format: str  # as `kernels.linear.Weight` names it
     layout: Layout
     group = 0
+    few = 0  # rows up to which a CPU's operator over codes is faster than dequantizing them
     data: Tensor | None  # int32 [N, W]
     native: Tensor | None  # the same codes in a CPU's order
     scale: Tensor  # [N], or [N, G]
@@ -338,6 +339,10 @@ class QuantizedLinear(nn.Module):
 
     # ---- In a CPU's order
 
+    def has_operator(self, dtype: torch.dtype) -> bool:
+        """Whether `multiply` calls an operator over codes for inputs of a dtype, in `few` rows or less."""
+        return False
+
     def multiply(self, x: Tensor) -> Tensor | None:
         """x [M, K] times the matrix, [M, N] in fp32 or x's dtype; None where dequantizing it is faster or all there is.
 
@@ -418,7 +423,17 @@ class Int8Linear(_ByteLinear):
     """Integers of 8 bits with one scale a row."""
 
     format = "int8"
-    few = 16  # rows up to which the operator over bytes is faster than a cast before the product
+    few = 16
+    ones: Tensor | None  # [N], beside `native`: scales for an operator that would round ours
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype)
+        self.register_buffer("ones", None, persistent=False)
+
+    def settle(self, rows: int = 1) -> None:
+        super().settle(rows)
+        if self.ones is None:  # a tensor that is held, because a compiler would not take one in the making
+            self.ones = torch.ones(self.out_features, dtype=torch.bfloat16)
 
     def quantize(self, weight: Tensor) -> Codes:
         return round_int8(weight)
@@ -430,14 +445,16 @@ class Int8Linear(_ByteLinear):
     def _signed(codes: Tensor) -> Tensor:
         return codes ^ 128
 
+    def has_operator(self, dtype: torch.dtype) -> bool:
+        return self.native is not None and dtype == torch.bfloat16
+
     def multiply(self, x: Tensor) -> Tensor | None:
         if self.native is None:
             return None
-        if torch.compiler.is_compiling() and len(x) == 1:
+        if torch.compiler.is_compiling() and x.shape[0] == 1:  # no `len`, which would have to be a number
             return ((self.native.float() * _written(x.float())).sum(-1) * self.scale)[None]
-        if x.dtype == torch.bfloat16 and len(x) <= self.few and not torch.compiler.is_compiling():
-            # It would have the scales in bf16.
-            return torch._weight_int8pack_mm(x.contiguous(), self.native, x.new_ones(self.out_features)) * self.scale
+        if self.has_operator(x.dtype) and x.shape[0] <= self.few:
+            return torch._weight_int8pack_mm(_written(x.contiguous()), self.native, self.ones) * self.scale
         return None
 
     def _multiply_slice(self, x: Tensor, rows: slice) -> Tensor:
@@ -462,6 +479,9 @@ class W8A8Linear(Int8Linear):
         if x.device.type == "cpu" or (x.is_cuda and x[..., 0].numel() <= most_rows("int8")):
             return super().forward(x)
         return int8_linear(x.reshape(-1, self.in_features), self.packed, x.dtype).view(*x.shape[:-1], -1)
+
+    def has_operator(self, dtype: torch.dtype) -> bool:
+        return self.native is not None
 
     def multiply(self, x: Tensor) -> Tensor:
         codes = self._signed(self._codes(slice(None))).view(torch.int8) if self.native is None else self.native
@@ -510,7 +530,7 @@ class Int4Linear(QuantizedLinear):
 
     format = "int4"
     layout = NIBBLES
-    few = 128  # rows up to which an operator over nibbles is faster than dequantizing them
+    few = 128
 
     def __init__(
         self,
@@ -571,9 +591,12 @@ class Int4Linear(QuantizedLinear):
         codes = order.unpack(self.native[start:end].flatten(), self.in_features)
         return codes[first - start :][: rows.indices(self.out_features)[1] - first]
 
+    def has_operator(self, dtype: torch.dtype) -> bool:
+        return self.native is not None and dtype == self.steps.dtype
+
     def multiply(self, x: Tensor) -> Tensor | None:
         if self.native is not None:
-            if len(x) > self.few or x.dtype != self.steps.dtype:
+            if x.shape[0] > self.few or not self.has_operator(x.dtype):
                 return None
             return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.native, self.group, self.steps)
         if torch.compiler.is_compiling() and len(x) == 1:
@@ -674,6 +697,14 @@ RECIPES = {
     "int4": Recipe(format="int4", head="int8"),
     "fp8": Recipe(format="fp8", head="int8"),
 }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a decode step reads: each once, but the embedding, of which it reads a row."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    del weights["embed.weight"]  # where that is the head as well, it stays in the list by its other name
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(part.nbytes for part in (*weights.values(), *linears))
 
 
 def settle_model(model: Transformer) -> None:

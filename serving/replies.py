@@ -65,13 +65,8 @@ class Reply:
         logprobs: bool = False,
     ) -> None:
         self.kind, self.id, self.model, self.tokenizer = kind, id, model, tokenizer
-        self.n, self.stream, self.include_usage, self.with_logprobs, self.echo = (
-            n,
-            stream,
-            include_usage,
-            logprobs,
-            echo,
-        )
+        self.n, self.echo, self.with_logprobs = n, echo, logprobs
+        self.stream, self.include_usage = stream, include_usage
         self.prompt_tokens = sum(map(len, prompts))
         self.cached_tokens = [0] * len(prompts)
         self.choices = [

@@ -10,6 +10,7 @@ scheduler's.
 import functools
 import gc
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -328,6 +329,7 @@ def make_runner(
     device = model.norm.weight.device
     check_kv_dtype(kv_dtype, device)
     if device.type == "cpu":
+        limit_library_caches()
         settle_model(model)
     decoder = model
     compile = compile and (device.type == "cpu" or has_kernels(device))  # what is left has no use for whole graphs
@@ -372,6 +374,15 @@ def make_runner(
             runner.prepare(size)
     hardware.synchronize(device)
     return runner
+
+
+def limit_library_caches() -> None:
+    """Keep oneDNN from holding code for a thousand lengths of a step: mixed traffic made it grow for ten minutes.
+
+    It reads these at its first product, so this comes too late in a process that has computed something before.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
 
 
 def free_memory(device: torch.device, share: float, trial: Callable[[], Runner]) -> float:

@@ -99,6 +99,31 @@ def test_quantized_layers_are_a_library_of_their_own(folder: Path) -> None:
     assert sorted(path.name.split("-")[0] for path in set(folder.iterdir()) - before) == ["head", "layer"]
 
 
+def test_several_rows_times_codes_are_a_library_where_there_are_operators(folder: Path, monkeypatch) -> None:
+    stored = {"attention.qkv": "int8", "attention.o": "w8a8", "ffn.gate_up": "int4", "ffn.down": "int4"}
+    exceptions = {f"layers.0.{name}": Storage(format, 32 * (format == "int4")) for name, format in stored.items()}
+    recipe = Recipe(format="int8", head="int8", exceptions=exceptions)
+    file = folder.parent / "several.json"
+    file.write_text(json.dumps(hf_config(replace(TINY, dim=64, ffn_dim=96, head_dim=16, n_heads=4, n_layers=1))))
+    model = load_model(open_checkpoint(f"random:{file}"), device="cpu", dtype=torch.bfloat16, quantize=recipe)
+    runner = Runner(model, n_blocks=60, block_size=4, max_running=20, max_step_tokens=40)
+    rows = torch.arange(17)
+    runner.tables[:17, :2] = 1 + torch.arange(34).view(17, 2)
+
+    def hidden(n: int) -> torch.Tensor:
+        inputs = rows[:n] + 3, rows[:n] % 7, rows[:n].int()
+        return runner._hidden(*inputs, n, torch.tensor([n], dtype=torch.int32), 0)
+
+    expected = {n: hidden(n) for n in (2, 9, 17)}
+    aot.compile_for_cpu(model, folder)
+    layer = model.layers[0].forward
+    eager, ran = layer.eager, []
+    monkeypatch.setattr(layer, "eager", lambda *args: ran.append(args) or eager(*args))
+    for n, want in expected.items():
+        assert (hidden(n) - want).abs().max() <= 2**-6 * want.abs().max()
+        assert len(ran) == (n > 16)  # what the operator over bytes is good for
+
+
 def test_a_library_calls_the_operator_over_nibbles(folder: Path) -> None:
     model = tiny_model(replace(TINY, dim=64, vocab_size=144), dtype=torch.bfloat16)
     model.head = Int4Linear(64, 144, dtype=torch.bfloat16, group=32, symmetric=False)
