@@ -1,5 +1,6 @@
 """The HTTP API over a fake engine, by real connections; what a real one gives is in test_serve.py."""
 
+import contextlib
 import json
 import logging
 import socket
@@ -562,6 +563,34 @@ def test_an_engine_that_gives_a_request_up_is_busy_not_broken(live: Live) -> Non
 def test_health_tells_of_an_engine_that_has_stopped(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live.engine, "stats", lambda: EngineStats(alive=False))
     assert httpx.get(live.url + "/health").status_code == 503
+
+
+def test_prompts_and_bodies_together_are_limited(tokenizer: Tokenizer) -> None:
+    with serve(tokenizer, lambda request, index: [1], max_prompt_tokens=5, max_body_mb=0.001) as live:
+        refused = post(live, {"prompt": [1] * 6})
+        assert refused.status_code == 400 and "of which a prompt may take 5" in message_of(refused)
+        live.engine.held.set()
+        body = {"prompt": [1] * 5, "user": "x" * 900}  # a little less than a body may have
+        largest = 64 * 1000 // (len(request_bytes(body)) - request_bytes(body).index(b"{"))
+        waiting = [live.raw(request_bytes(body)) for _ in range(largest)]
+        live.wait(lambda: len(live.engine.live) == largest)
+        with live.raw(request_bytes(body)) as refused:
+            answer = refused.recv(2000)
+        assert b"429" in answer and b"large requests" in answer
+        for connection in waiting:
+            connection.close()
+
+
+def test_heads_and_bodies_that_do_not_come_are_not_waited_for(tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr("serving.api.BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("serving.server.HEAD_TIMEOUT_S", 0.05)
+    with serve(tokenizer, lambda request, index: [1]) as live:
+        with live.raw(request_bytes({"prompt": "a"})[:-3]) as slow:
+            assert b"408" in slow.recv(1000)
+        for beginning in (b"", b"POST /v1/completions HTT", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"):
+            with live.raw(beginning) as silent, contextlib.suppress(ConnectionResetError):
+                assert silent.recv(1000) == b""
+        assert not live.engine.requests
 
 
 def test_draining_finishes_what_runs_and_takes_nothing_new(tokenizer: Tokenizer) -> None:
