@@ -3,7 +3,8 @@
     python -m scripts.bench_serving --offline --checkpoint random:qwen3-0.6b --compile --json
 
 `--offline` runs the engine in this process on nano-vllm's benchmark: 256 prompts of random tokens, prompt and output
-lengths uniform in 100..1024, temperature 0.6, nothing ends an answer early.
+lengths uniform in 100..1024, temperature 0.6, nothing ends an answer early. With `--shared-prefix` it also shows what
+the prefix cache saves, and with `--concurrency 1` what one user gets.
 
     python -m scripts.bench_serving --url http://127.0.0.1:8000 --rate 1 --rate 2 --rate 4 --plot load.png
 
@@ -11,12 +12,14 @@ lengths uniform in 100..1024, temperature 0.6, nothing ends an answer early.
 """
 
 import asyncio
+import dataclasses
 import logging
 import random
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +32,7 @@ from quant.linears import RECIPES
 from sampling import SamplingParams
 from scripts import traffic
 from scripts.plots import check_plot
+from scripts.traffic import Seen
 from serving.engine import Engine, EngineOptions
 from serving.request import Request
 
@@ -44,8 +48,17 @@ class Options:
     url: str | None = cli.option(None, "send requests to the server at this address, as http://127.0.0.1:8000")
     checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py")
     requests: int = cli.option(256, "how many")
-    min_len: int = cli.option(100, "tokens in a prompt, and in an answer, at least")
+    concurrency: int = cli.option(0, "so many users, each with one request at a time; 0: no request waits for another")
+    lengths: str | None = cli.option(
+        None,
+        "of prompts and answers: uniform in --min-len to --max-len (--offline's default), sharegpt (--url's), fixed",
+        choices=traffic.LIKE,
+    )
+    min_len: int = cli.option(100, "uniform: tokens in a prompt, and in an answer, at least")
     max_len: int = cli.option(1024, "and at most")
+    prompt_len: int = cli.option(1024, "fixed: tokens in a prompt; sharegpt: at most")
+    new_tokens: int = cli.option(1024, "fixed: tokens in an answer; sharegpt: at most")
+    shared_prefix: int = cli.option(0, "tokens that all prompts begin with, beside their own")
     temperature: float = cli.option(0.6, "of all requests")
     seed: int = cli.option(0, "of lengths and prompts")
     repeats: int = cli.option(1, "runs, each with prompts of its own; the median is shown")
@@ -57,10 +70,6 @@ class Options:
     rate: tuple[str, ...] = cli.option(
         (), "--url: requests a second, as they come by chance (default: all at once); several times for several loads"
     )
-    lengths: str = cli.option("sharegpt", "--url: of prompts and answers", choices=("sharegpt", "fixed"))
-    prompt_len: int = cli.option(1024, "--url: tokens in a prompt; with --lengths sharegpt, at most")
-    new_tokens: int = cli.option(1024, "--url: tokens in an answer; with --lengths sharegpt, at most")
-    shared_prefix: int = cli.option(0, "--url: tokens that all prompts begin with, beside their own")
     ttft_limit_ms: float | None = cli.option(None, "--url: goodput counts requests whose first token came within this")
     inter_token_limit_ms: float | None = cli.option(None, "--url: and whose tokens came so fast on average")
     e2e_limit_ms: float | None = cli.option(None, "--url: and that were done within this")
@@ -76,65 +85,128 @@ class Options:
         for rate in self.rate:
             if not re.fullmatch(r"\d+(\.\d*)?|\.\d+|inf", rate) or float(rate) <= 0:
                 raise ValueError(f"--rate must be a number above 0; got {rate}")
-        for name in ("prompt_len", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
-        if self.shared_prefix < 0:
-            raise ValueError(f"--shared-prefix must be at least 0; got {self.shared_prefix}")
-        for name in ("requests", "min_len", "max_len", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
+        least = dict.fromkeys(("requests", "min_len", "max_len", "prompt_len", "new_tokens", "repeats"), 1)
+        for name, value in (least | {"concurrency": 0, "shared_prefix": 0}).items():
+            if getattr(self, name) < value:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {value}; got {getattr(self, name)}")
         if self.min_len > self.max_len:
             raise ValueError(f"--min-len {self.min_len} is more than --max-len {self.max_len}")
+        if self.rate and (self.offline or self.concurrency):
+            raise ValueError("--rate is of requests that come by chance to a --url; leave it out here")
+
+    @property
+    def like(self) -> str:
+        return self.lengths or ("uniform" if self.offline else "sharegpt")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence at most."""
+        own = 2 * self.max_len if self.like == "uniform" else self.prompt_len + self.new_tokens
+        return self.shared_prefix + own
+
+    def plan(self, vocabulary: Sequence[int], *, rate: float, seed: int) -> list[traffic.Ask]:
+        uniform = self.like == "uniform"
+        return traffic.plan(
+            vocabulary,
+            requests=self.requests,
+            rate=rate,
+            like=self.like,
+            least=self.min_len,
+            prompt=self.max_len if uniform else self.prompt_len,
+            answer=self.max_len if uniform else self.new_tokens,
+            shared_prefix=self.shared_prefix,
+            seed=seed,
+        )
 
 
-def workload(options: Options, vocab_size: int, *, run: int, name: str = "") -> list[Request]:
-    """The requests of a run: the same lengths in each, other prompts, so that no run finds what one before left.
+def named_options(options: Options) -> dict:
+    """What of a run the figures depend on."""
+    names = ("requests", "concurrency", "shared_prefix", "temperature", "seed")
+    lengths = ("min_len", "max_len") if options.like == "uniform" else ("prompt_len", "new_tokens")
+    return {"lengths": options.like, **{name: getattr(options, name) for name in (*lengths, *names)}}
 
-    They are drawn in the order in which nano-vllm's bench.py draws its own, so that seed 0 gives the same.
+
+def workload(options: Options, vocab_size: int, *, run: int, name: str = "", apart: bool = False) -> list[Request]:
+    """The requests of a run: of like lengths in each, other prompts, so that no run finds what one before left.
+
+    Uniform lengths are drawn in the order in which nano-vllm's bench.py draws its own, so that seed 0 gives the same.
+    `apart` keeps requests from finding each other's prefixes.
     """
     draw = random.Random(options.seed)
     last = min(10000, vocab_size - 1)
-    lengths = options.min_len, options.max_len
-    prompts = [[draw.randint(0, last) for _ in range(draw.randint(*lengths))] for _ in range(options.requests)]
-    prompts = [[(token + run) % (last + 1) for token in prompt] for prompt in prompts]
+    if options.like == "uniform":
+        lengths = options.min_len, options.max_len
+        prompts = [[draw.randint(0, last) for _ in range(draw.randint(*lengths))] for _ in range(options.requests)]
+        answers = [draw.randint(*lengths) for _ in prompts]
+        prefix = random.Random(options.seed + run).choices(range(last + 1), k=options.shared_prefix)
+        prompts = [prefix + [(token + run) % (last + 1) for token in prompt] for prompt in prompts]
+    else:
+        asks = options.plan(range(last + 1), rate=float("inf"), seed=options.seed + run)
+        prompts, answers = [ask.prompt for ask in asks], [ask.length for ask in asks]
     return [
         Request(
             id=f"{name}{index}",
             prompt=prompt,
             params=SamplingParams(temperature=options.temperature, seed=index),
-            max_new_tokens=draw.randint(*lengths),
+            max_new_tokens=answer,
+            salt=f"{name}{index}" if apart else None,
         )
-        for index, prompt in enumerate(prompts)
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
 
 
-def run_offline(engine: Engine, requests: list[Request]) -> dict:
+def run_offline(engine: Engine, requests: Sequence[Request], concurrency: int) -> dict:
     """One run's figures. A request that failed is an error: its tokens would be missing from the sum."""
-    prompt_tokens = sum(len(request.prompt) for request in requests)
-    tokens, first, last_of = 0, {}, {}
+    left, running = deque(requests), 0
+    seen: dict[str, Seen] = {}
+    newest: dict[str, float] = {}
     before, start = engine.stats(), time.perf_counter()
-    for output in engine.run(requests):
-        now = time.perf_counter() - start
-        if output.finish_reason not in (None, "length"):
-            raise ValueError(f"request {output.request_id} ended by {output.finish_reason}: {output.error}")
-        tokens += len(output.token_ids)
-        first.setdefault(output.request_id, now)
-        last_of[output.request_id] = now
+    while left or running:
+        while left and (running < concurrency or not concurrency):
+            request = left.popleft()
+            seen[request.id] = Seen(status=200, sent=time.perf_counter())
+            engine.add(request)
+            running += 1
+        for output in engine.step():
+            now, one = time.perf_counter(), seen[output.request_id]
+            if output.finish_reason not in (None, "length"):
+                raise ValueError(f"request {output.request_id} ended by {output.finish_reason}: {output.error}")
+            if one.first is None:
+                one.first, one.cached = now, output.cached_tokens
+            elif output.token_ids:
+                one.gaps.append(now - newest[output.request_id])
+            newest[output.request_id] = one.end = now
+            one.tokens += len(output.token_ids)
+            running -= output.finish_reason is not None
     wall = time.perf_counter() - start
+    tokens, prompt_tokens = sum(one.tokens for one in seen.values()), sum(len(r.prompt) for r in requests)
     expected = sum(request.max_new_tokens for request in requests)
     if tokens != expected:
         raise ValueError(f"the engine made {tokens} tokens where {expected} were asked for")
+    summary = traffic.summary(list(seen.values()), {})
     return {
         "wall_s": wall,
         "prompt_tokens": prompt_tokens,
+        "cached_tokens": sum(one.cached for one in seen.values()),
         "output_tokens": tokens,
         "output_tok_s": tokens / wall,
         "total_tok_s": (tokens + prompt_tokens) / wall,
-        "mean_ttft_s": sum(first.values()) / len(first),
-        "mean_finished_s": sum(last_of.values()) / len(last_of),
+        **{name: summary[name] for name in ("ttft_ms", "inter_token_ms", "e2e_ms")},
         "preemptions": engine.stats().preemptions - before.preemptions,
     }
+
+
+def run_and_compare(engine: Engine, options: Options, vocab_size: int, *, run: int) -> dict:
+    """A run's figures; with a shared prefix, beside the first token's times of a run that may not share it."""
+    if not options.shared_prefix:
+        return run_offline(engine, workload(options, vocab_size, run=run, name=f"{run}-"), options.concurrency)
+    apart = workload(options, vocab_size, run=run, name=f"{run}-apart-", apart=True)
+    without = run_offline(engine, apart, options.concurrency)
+    requests = workload(options, vocab_size, run=run, name=f"{run}-")
+    first = dataclasses.replace(requests[0], id=f"{run}-first", max_new_tokens=1)
+    first.prompt = [*requests[0].prompt[: options.shared_prefix], 0]
+    run_offline(engine, [first], 1)  # leaves the prefix in the cache
+    return {**run_offline(engine, requests, options.concurrency), "ttft_apart_ms": without["ttft_ms"]}
 
 
 def offline(options: Options, engine_options: EngineOptions) -> dict:
@@ -144,29 +216,28 @@ def offline(options: Options, engine_options: EngineOptions) -> dict:
     check_kv_dtype(options.kv_dtype, device)
     start = time.perf_counter()
     source = checkpoint.open_checkpoint(options.checkpoint)
-    if 2 * options.max_len > source.config.max_seq_len:
-        raise ValueError(f"two times --max-len {options.max_len} is more than the {source.config.max_seq_len} it holds")
+    if options.longest > source.config.max_seq_len:
+        raise ValueError(
+            f"sequences of {options.longest} tokens are more than the {source.config.max_seq_len} it holds"
+        )
     dtype = hardware.DTYPES[options.dtype]
     model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize)
     hardware.synchronize(device)
     load_s = time.perf_counter() - start
     start = time.perf_counter()
     runner: Runner = make_runner(model, engine_options, kv_dtype=options.kv_dtype, compile=options.compile)
-    engine = Engine(runner, options=engine_options)
+    # All of a benchmark's requests may wait.
+    engine = Engine(runner, options=dataclasses.replace(engine_options, max_queued=0, max_queued_tokens=0))
     compile_s = time.perf_counter() - start
     # Whatever is compiled, captured or loaded on first use is so before the clock starts.
-    for _ in engine.run(workload(options, runner.vocab_size, run=options.repeats, name="warm-up")):
-        pass
-    runs = [
-        run_offline(engine, workload(options, runner.vocab_size, run=repeat, name=f"{repeat}-"))
-        for repeat in range(options.repeats)
-    ]
+    run_and_compare(engine, options, runner.vocab_size, run=options.repeats)
+    runs = [run_and_compare(engine, options, runner.vocab_size, run=run) for run in range(options.repeats)]
     middle = sorted(runs, key=lambda run: run["output_tok_s"])[len(runs) // 2]
     return {
         "checkpoint": options.checkpoint,
         **middle,
         "runs": [run["output_tok_s"] for run in runs],
-        **{name: getattr(options, name) for name in ("requests", "min_len", "max_len", "temperature", "seed")},
+        **named_options(options),
         "max_running": runner.max_running,
         "n_blocks": runner.n_blocks,
         "block_size": runner.block_size,
@@ -186,7 +257,16 @@ def show_offline(result: dict) -> Iterator[str]:
     made = f"{result['output_tokens']} tokens in {result['wall_s']:.2f} s"
     yield f"output         {result['output_tok_s']:9.0f} tok/s ({made})"
     yield f"with prompts   {result['total_tok_s']:9.0f} tok/s ({result['prompt_tokens']} prompt tokens)"
-    yield f"first token    {result['mean_ttft_s'] * 1e3:9.0f} ms on average, all requests arriving at once"
+    for name, text in {"ttft_ms": "first token", "inter_token_ms": "between tokens", "e2e_ms": "whole answer"}.items():
+        if (spread := result[name]) is not None:
+            more = ", ".join(f"{p} {spread[p]:.3f}" for p in ("p50", "p90", "p99"))
+            yield f"{text:14} {spread['mean']:9.2f} ms on average; {more}"
+    if "ttft_apart_ms" in result:
+        with_it, without = result["ttft_ms"]["p50"], result["ttft_apart_ms"]["p50"]
+        yield (
+            f"shared prefix  {without / with_it:9.2f} times sooner (medians): the first token after {with_it:.1f} ms "
+            f"with its {result['shared_prefix']} tokens cached, {without:.1f} ms without"
+        )
     yield f"preemptions    {result['preemptions']:9}"
     yield f"peak memory    {result['peak_memory_gb']:9.2f} GB, {result['n_blocks']} blocks of {result['block_size']}"
 
@@ -202,24 +282,17 @@ def online(options: Options) -> dict:
         model = (await target.ask("GET", "/v1/models"))["data"][0]["id"]
         vocabulary = (await target.ask("POST", "/tokenize", {"model": model, "prompt": traffic.SAMPLE_TEXT}))["tokens"]
         for number, rate in enumerate(options.rate or ("inf",)):
-            asks = traffic.plan(
-                sorted(set(vocabulary)),
-                requests=options.requests,
-                rate=float(rate),
-                like=options.lengths,
-                prompt=options.prompt_len,
-                answer=options.new_tokens,
-                shared_prefix=options.shared_prefix,
-                seed=options.seed + number,  # no load finds the prompts of the one before in the cache
+            # No load finds the prompts of the one before in the cache.
+            asks = options.plan(sorted(set(vocabulary)), rate=float(rate), seed=options.seed + number)
+            seen = await traffic.drive(
+                target, asks, model=model, temperature=options.temperature, concurrency=options.concurrency
             )
-            seen = await traffic.drive(target, asks, model=model, temperature=options.temperature)
             loads.append({"rate": float(rate) if rate != "inf" else None, **traffic.summary(seen, limits)})
             log.info(f"{rate} requests a second: {loads[-1]['completed']} of {len(asks)} answered")
         return model
 
     model = asyncio.run(run())
-    named = ("url", "requests", "lengths", "prompt_len", "new_tokens", "shared_prefix", "temperature", "seed")
-    return {"model": model, **{name: getattr(options, name) for name in named}, "limits_ms": limits, "loads": loads}
+    return {"model": model, "url": options.url, **named_options(options), "limits_ms": limits, "loads": loads}
 
 
 def show_online(result: dict) -> Iterator[str]:

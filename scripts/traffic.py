@@ -21,7 +21,11 @@ from scripts.plots import picture
 
 TIMEOUT_S = 1200.0  # for one request, its time in a queue included
 SAMPLE_TEXT = "It was a bright day in April, and 1 + 2 = 3. The quick brown fox jumps over a lazy dog; why not?\n"
-SHAREGPT = {"prompt": (120, 1.1), "answer": (133, 0.9)}  # medians of log-normal lengths, and their sigma
+LIKE = ("uniform", "sharegpt", "fixed")
+# Log-normal lengths with the means that the PagedAttention paper (arXiv 2309.06180, figure 11) gives for ShareGPT, 161
+# tokens of a prompt and 338 of an answer. It shows the spread in a histogram only: a sigma of 1 is a choice.
+SHAREGPT = {"prompt": 161, "answer": 338}
+SHAREGPT_SIGMA = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,21 +101,21 @@ class Seen:
     gaps: list[float] = field(default_factory=list)  # between two events with text
     end: float = 0.0
     tokens: int = 0
+    cached: int = 0  # tokens of its prompt that the server had
 
     @property
     def ok(self) -> bool:
         return self.status == 200 and self.first is not None and self.tokens > 0
 
 
-def lengths(draw: random.Random, *, like: str, prompt: int, answer: int) -> tuple[int, int]:
-    """Tokens of a prompt and its answer: fixed, or drawn as ShareGPT's are, of which those given are then the most."""
+def lengths(draw: random.Random, *, like: str, least: int, prompt: int, answer: int) -> tuple[int, int]:
+    """Tokens of a prompt and its answer: fixed, or drawn, and those given are then the most."""
     if like == "fixed":
         return prompt, answer
-    (prompt_median, prompt_sigma), (answer_median, answer_sigma) = SHAREGPT["prompt"], SHAREGPT["answer"]
-    drawn = (
-        draw.lognormvariate(math.log(prompt_median), prompt_sigma),
-        draw.lognormvariate(math.log(answer_median), answer_sigma),
-    )
+    if like == "uniform":
+        return draw.randint(least, prompt), draw.randint(least, answer)
+    medians = [mean * math.exp(-(SHAREGPT_SIGMA**2) / 2) for mean in SHAREGPT.values()]
+    drawn = [draw.lognormvariate(math.log(median), SHAREGPT_SIGMA) for median in medians]
     return tuple(max(4, min(most, round(length))) for length, most in zip(drawn, (prompt, answer), strict=True))
 
 
@@ -121,6 +125,7 @@ def plan(
     requests: int,
     rate: float,
     like: str,
+    least: int,
     prompt: int,
     answer: int,
     shared_prefix: int,
@@ -131,7 +136,7 @@ def plan(
     prefix = draw.choices(vocabulary, k=shared_prefix)
     asks, at = [], 0.0
     for index in range(requests):
-        own, length = lengths(draw, like=like, prompt=prompt, answer=answer)
+        own, length = lengths(draw, like=like, least=least, prompt=prompt, answer=answer)
         asks.append(Ask(at=at, prompt=prefix + draw.choices(vocabulary, k=own), length=length, seed=index))
         at += draw.expovariate(1.0) / rate
     return asks
@@ -162,6 +167,7 @@ async def read(target: Target, ask: Ask, *, model: str, temperature: float) -> S
                         newest = now
                     if data.get("usage"):
                         seen.tokens = data["usage"]["completion_tokens"]
+                        seen.cached = (data["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     except (OSError, EOFError, TimeoutError, ValueError, IndexError):  # refused, broken off, or no HTTP
         seen.status = 0
     finally:
@@ -171,13 +177,17 @@ async def read(target: Target, ask: Ask, *, model: str, temperature: float) -> S
     return seen
 
 
-async def drive(target: Target, asks: Sequence[Ask], *, model: str, temperature: float) -> list[Seen]:
-    """Send every request at its time, whatever became of those before."""
+async def drive(
+    target: Target, asks: Sequence[Ask], *, model: str, temperature: float, concurrency: int = 0
+) -> list[Seen]:
+    """Send every request at its time, whatever became of those before; or, with a concurrency, as so many users do."""
     start = time.perf_counter()
+    places = asyncio.Semaphore(concurrency or len(asks))
 
     async def one(ask: Ask) -> Seen:
         await asyncio.sleep(ask.at - (time.perf_counter() - start))
-        return await read(target, ask, model=model, temperature=temperature)
+        async with places:
+            return await read(target, ask, model=model, temperature=temperature)
 
     return await asyncio.gather(*(one(ask) for ask in asks))
 
@@ -210,6 +220,7 @@ def summary(seen: Sequence[Seen], limits: dict[str, float]) -> dict:
         "duration_s": span,
         "request_s": len(good) / span,
         "output_tok_s": sum(s.tokens for s in good) / span,
+        "cached_tokens": sum(s.cached for s in good),
         "ttft_ms": spread([s.first - s.sent for s in good]),
         "inter_token_ms": spread([gap for s in good for gap in s.gaps]),
         "e2e_ms": spread([s.end - s.sent for s in good]),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import statistics
 from collections.abc import Iterator
@@ -69,18 +70,54 @@ def test_offline_counts_every_token(run, tiny_directory: Path) -> None:
     assert len(result["runs"]) == 2 and result["preemptions"] >= 0 and result["max_running"] == 4
 
 
+@pytest.mark.parametrize("lengths", ["fixed", "uniform"])
+def test_offline_shows_what_a_shared_prefix_saves(run, tiny_directory: Path, lengths: str, capsys) -> None:
+    options = ["--offline", "--checkpoint", tiny_directory, "--device", "cpu", "--dtype", "float32", "--requests", 3]
+    options += ["--lengths", lengths, "--prompt-len", 5, "--new-tokens", 2, "--min-len", 2, "--max-len", 5]
+    options += ["--shared-prefix", 400, "--concurrency", 1, "--kv-cache-gb", 0.02]
+    result = run(*options)
+    assert result["cached_tokens"] == 3 * 400  # whole blocks
+    assert result["ttft_apart_ms"].keys() == result["ttft_ms"].keys()
+    cli.run(bench_serving.main, [*map(str, options)])
+    assert "times sooner" in capsys.readouterr().out
+
+
+def test_offline_users_wait_for_their_own_answer_only(run, tiny_directory: Path) -> None:
+    options = ("--offline", "--checkpoint", tiny_directory, "--device", "cpu", "--dtype", "float32", "--requests", 6)
+    options += ("--lengths", "fixed", "--prompt-len", 3, "--new-tokens", 30, "--kv-cache-gb", 0.01, "--max-running", 1)
+    together, alone = run(*options), run(*options, "--concurrency", 1)
+    assert alone["output_tokens"] == together["output_tokens"] == 180
+    assert alone["ttft_ms"]["p90"] < together["ttft_ms"]["p90"]
+    assert alone["inter_token_ms"]["p50"] * 29 < alone["e2e_ms"]["p99"]
+
+
+def test_online_users_have_one_request_at_a_time(run, live: Live) -> None:
+    most = []
+    script, live.engine.turn_s = live.engine.script, 0.002
+    live.engine.script = lambda request, index: most.append(len(live.engine.live)) or script(request, index)
+    (load,) = run("--url", live.url, "--requests", 12, "--concurrency", 3, "--new-tokens", 8)["loads"]
+    assert load["completed"] == len(most) == 12 and max(most) == 2  # beside each new one
+    assert load["cached_tokens"] == 12  # the fake engine finds one token of each
+
+
 def test_traffic_is_the_same_for_a_seed_and_comes_at_its_rate() -> None:
-    fields = {"requests": 4000, "like": "sharegpt", "prompt": 500, "answer": 300, "shared_prefix": 7}
+    fields = {"requests": 4000, "like": "sharegpt", "least": 1, "prompt": 500, "answer": 300, "shared_prefix": 7}
     asks = traffic.plan(range(50), rate=8.0, seed=3, **fields)
     assert asks == traffic.plan(range(50), rate=8.0, seed=3, **fields)
     assert asks[0].at == 0 and asks[-1].at == pytest.approx(4000 / 8, rel=0.1)
     gaps = [b.at - a.at for a, b in itertools.pairwise(asks)]
     assert statistics.stdev(gaps) == pytest.approx(1 / 8, rel=0.1)  # as of a Poisson process
     assert all(ask.prompt[:7] == asks[0].prompt[:7] and 7 + 4 <= len(ask.prompt) <= 507 for ask in asks)
-    assert statistics.median(ask.length for ask in asks) == pytest.approx(133, rel=0.1)
+    assert statistics.median(ask.length for ask in asks) == pytest.approx(338 * math.exp(-0.5), rel=0.1)
     assert len({tuple(ask.prompt) for ask in asks}) > 3900
     fixed = traffic.plan(range(50), rate=float("inf"), seed=3, **fields | {"like": "fixed"})
     assert {(ask.at, len(ask.prompt), ask.length) for ask in fixed} == {(0.0, 507, 300)}
+    uniform = traffic.plan(range(50), rate=8.0, seed=3, **fields | {"like": "uniform", "least": 200})
+    assert {len(ask.prompt) - 7 for ask in uniform} == set(range(200, 501))
+    assert {ask.length for ask in uniform} == set(range(200, 301))
+    longer = traffic.plan(range(50), rate=8.0, seed=3, **fields | {"prompt": 2048, "answer": 2048})
+    assert statistics.fmean(len(ask.prompt) - 7 for ask in longer) == pytest.approx(161, rel=0.1)
+    assert statistics.fmean(ask.length for ask in longer) == pytest.approx(338, rel=0.1)
 
 
 def test_percentiles_are_values_that_occurred() -> None:
@@ -143,6 +180,10 @@ def test_what_a_server_refuses_is_counted_and_not_averaged(run, live: Live, caps
         (("--offline", "--requests", "0"), "--requests"),
         (("--offline", "--min-len", "9", "--max-len", "8"), "--min-len 9"),
         (("--offline", "--max-len", "100000"), "more than"),
+        (("--offline", "--shared-prefix", "100000"), "more than"),
+        (("--offline", "--concurrency", "-1"), "--concurrency must be"),
+        (("--offline", "--rate", "1"), "--rate is of"),
+        (("--url", "http://127.0.0.1:9", "--rate", "1", "--concurrency", "2"), "--rate is of"),
     ],
 )
 def test_options_that_cannot_be(options: tuple[str, ...], words: str, capsys, tiny_directory: Path) -> None:

@@ -121,7 +121,7 @@ def test_slow_readers_hold_nobody_up_and_are_dropped(start: Callable, tokenizer:
         live.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         body = {"prompt": [1, 2], "max_tokens": 400, "n": 8, "stream": True, "logprobs": 5}
         slow = [live.raw(request_bytes(body), size=4096) for _ in range(4)]
-        live.wait(lambda: live.engine.stats().running == 32)
+        live.wait(lambda: live.engine.stats().generated_tokens > 0)
         answers = together(*(ask(live, [9, i], 30) for i in range(8)))
         assert [text for _, text, _ in answers] == [text_of(tokenizer, [9, i], 30) for i in range(8)]
         live.wait(lambda: is_idle(live), seconds=40)
@@ -130,8 +130,13 @@ def test_slow_readers_hold_nobody_up_and_are_dropped(start: Callable, tokenizer:
                 data = b"".join(iter(lambda connection=connection: connection.recv(1 << 16), b""))
             assert b"200 OK" in data and b"[DONE]" not in data
         assert live.engine.stats().generated_tokens < 4 * 8 * 400
-        ((status, text, _),) = together(ask(live, [1, 2], 400, n=8, logprobs=5))
-        assert status == 200, "a reader who reads is not slow, however much there is to read"
+
+
+def test_a_reader_who_reads_is_not_slow_however_much_there_is_to_read(start: Callable, monkeypatch) -> None:
+    monkeypatch.setattr("serving.replies.MAX_UNREAD", 1000)  # less than one step has for it
+    with start() as live:
+        ((status, _, last),) = together(ask(live, [1, 2], 100, n=8, logprobs=5))
+        assert status == 200 and last["choices"][0]["finish_reason"] == "length"
 
 
 class Failing:
@@ -182,9 +187,9 @@ def test_a_step_that_fails_ends_its_own_requests_alone(
         assert [text for _, text, _ in again] == [text_of(tokenizer, prompt, 20) for prompt in prompts]
 
 
-def test_ten_thousand_requests_at_once_are_served_or_told_to_come_again(start: Callable, tokenizer: Tokenizer) -> None:
+def test_thousands_of_requests_at_once_are_served_or_told_to_come_again(start: Callable, tokenizer: Tokenizer) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    count = min(10_000, (hard - 500) // 2)  # both ends of each connection are files of this process
+    count = min(3000, (hard - 500) // 2)  # both ends of each connection are files of this process
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         with start(max_running=64, max_queued=500) as live:
