@@ -170,6 +170,7 @@ async def figures(target: Target) -> dict[str, float]:
 
 async def soak(options: Options) -> dict:
     target, record = Target(url=options.url), Record()
+    await figures(target)  # an OSError where nobody answers yet
     start = time.monotonic()
     until = start + 60 * options.minutes
     users = [
