@@ -365,7 +365,14 @@ def make_runner(
             f"there are {max(memory, 0) / 1e9:.3f} GB for the cache, where two blocks of {block_size} tokens take "
             f"{2 * block_bytes / 1e9:.3f} GB; {remedy}"
         )
-    runner = new(n_blocks, int(options.swap_gb * 1e9 // block_bytes))
+    try:
+        runner = new(n_blocks, int(options.swap_gb * 1e9 // block_bytes))
+    except RuntimeError as error:  # the CPU's allocator has no error of its own
+        if "memory" not in str(error):
+            raise
+        asked = f"{n_blocks * block_bytes / 1e9:.1f} GB" + (f" and {options.swap_gb:g} GB" if options.swap_gb else "")
+        ways = "--kv-cache-gb, --gpu-memory-utilization or --swap-gb"
+        raise ValueError(f"there is no memory for {asked} of cache; lower {ways}") from None
     if device.type == "cuda":
         runner.run_largest()  # so that no request meets what that compiles, or a lack of memory
     if compile:

@@ -372,3 +372,10 @@ def test_a_cache_without_room_is_refused(model: Transformer) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="int8, fp8"):
         make_runner(model, EngineOptions(), kv_dtype="int3")
+
+
+@pytest.mark.parametrize("options", [{"kv_cache_gb": 1e6}, {"kv_cache_gb": 0.001, "swap_gb": 1e6}])
+def test_a_cache_that_the_machine_has_no_memory_for_is_refused(model: Transformer, options: dict) -> None:
+    with pytest.raises(ValueError, match=r"no memory for .* lower --kv-cache-gb.* or --swap-gb") as error:
+        make_runner(model, EngineOptions(**options))
+    assert "\n" not in str(error.value)
