@@ -121,15 +121,7 @@ async def dawdles(target: Target, draw: random.Random, options: Options, record:
 
 
 async def errs(target: Target, draw: random.Random, options: Options, record: Record) -> int:
-    wrong = (
-        {"tools": [1]},
-        {"temperature": -1},
-        {"max_tokens": 10**7},
-        {"guided_regex": "("},
-        {"model": "none"},
-        {"prompt": 7},
-    )
-    status, reader, headers = await target.send("POST", TEXT, {"prompt": "a"} | draw.choice(wrong))
+    status, reader, headers = await target.send("POST", TEXT, {"prompt": "a"} | draw.choice(WRONG))
     json.loads(b"".join([chunk async for chunk in chunks(reader, headers)]))["error"]["message"]
     headers["writer"].close()
     return status
