@@ -37,6 +37,11 @@ class Heads(NamedTuple):
     use_rope: bool = True
     window: int = 0  # a token sees this many latest positions, itself included; 0: all
 
+    @property
+    def rope_options(self) -> dict:
+        """What `elementwise.rope_write` takes of them."""
+        return {name: value for name, value in self._asdict().items() if name != "window"}
+
 
 class Pages(NamedTuple):
     """Where the slots of a paged cache's rows are: slot s of row b in block tables[rows[b], s // block_size]."""
@@ -91,13 +96,7 @@ def decode_attention_twin(
         qkv,
         cos[input_pos[:, 0]],
         sin[input_pos[:, 0]],
-        n_heads=H,
-        n_kv_heads=K,
-        head_dim=D,
-        q_norm=heads.q_norm,
-        k_norm=heads.k_norm,
-        eps=heads.eps,
-        use_rope=heads.use_rope,
+        **heads.rope_options,
         k_cache=k_cache,
         v_cache=v_cache,
         input_pos=input_pos,

@@ -70,7 +70,8 @@ class Decoder:
         cos, sin = self.cos[input_pos.reshape(-1)], self.sin[input_pos.reshape(-1)]  # [B * T, D/2]
 
         def attend(qkv: Tensor, input_pos: Tensor, heads: Heads, kv: StaticLayer) -> Tensor:
-            q = _rope_write(qkv, cos, sin, input_pos, heads, kv.k, kv.v, kv.k_scale, kv.v_scale)
+            stored = {"k_cache": kv.k, "v_cache": kv.v, "k_scale": kv.k_scale, "v_scale": kv.v_scale}
+            q = elementwise.rope_write(qkv, cos, sin, input_pos=input_pos, **heads.rope_options, **stored)
             y = kv.attend(q.view(B, T, heads.n_heads, heads.head_dim), window_mask if heads.window else mask)
             return y.reshape(B * T, -1)
 
@@ -96,8 +97,9 @@ class Decoder:
                 options = scales | {"pages": decodes, "out": y[:n]}
                 attention.decode_attention(qkv[:n], *rope, at, kv.k, kv.v, heads, self.scratch, **options)
             if n < T:
-                flat = [None if x is None else x.flatten(0, 1)[None] for x in (kv.k, kv.v, kv.k_scale, kv.v_scale)]
-                q = _rope_write(qkv[n:], cos, sin, slots, heads, *flat)
+                stored = {"k_cache": kv.k, "v_cache": kv.v} | scales
+                flat = {name: None if x is None else x.flatten(0, 1)[None] for name, x in stored.items()}
+                q = elementwise.rope_write(qkv[n:], cos, sin, input_pos=slots, **heads.rope_options, **flat)
                 paged.prompt_attention(q, pos, starts, kv.k, kv.v, heads, prompts, **scales, out=y[n:])
             return y
 
@@ -140,30 +142,6 @@ class _Layer:
             use_rope=attend.use_rope,
             window=model.config.sliding_window if attend.sliding else 0,
         )
-
-
-def _rope_write(
-    qkv: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor,
-    k_scale: Tensor | None, v_scale: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """`elementwise.rope_write` with a layer's norms and heads."""
-    return elementwise.rope_write(
-        qkv,
-        cos,
-        sin,
-        n_heads=heads.n_heads,
-        n_kv_heads=heads.n_kv_heads,
-        head_dim=heads.head_dim,
-        q_norm=heads.q_norm,
-        k_norm=heads.k_norm,
-        eps=heads.eps,
-        use_rope=heads.use_rope,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        input_pos=input_pos,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
 
 
 def weight_of(module: nn.Module) -> Weight:
