@@ -326,31 +326,39 @@ class Meter:
                 self.decode_bytes += steps * self.generator.step_bytes(live, len(requests))
 
     def stats(self, *, load_s: float, compile_s: float, quantize: str | None = None) -> dict:
-        generator = self.generator
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": self.new_tokens,
-            "ttft_s": sorted(self.ttft_s)[len(self.ttft_s) // 2] if self.ttft_s else None,
-            "decode_tok_s": self.decode_tokens / self.decode_s if self.decode_s else 0.0,
-            **device_stats(generator.device, self.decode_bytes / self.decode_s if self.decode_s else 0.0),
-            "compile_s": compile_s,
-            "load_s": load_s,
-            "dtype": str(generator.cache.layers[0].dtype).removeprefix("torch."),
-            "quantize": quantize,
-            "kv_dtype": generator.kv_dtype,
-        }
+        return run_stats(
+            self.generator.device,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            ttft_s=self.ttft_s,
+            decode_tok_s=self.decode_tokens / self.decode_s if self.decode_s else 0.0,
+            bytes_per_s=self.decode_bytes / self.decode_s if self.decode_s else 0.0,
+            compile_s=compile_s,
+            load_s=load_s,
+            dtype=str(self.generator.cache.layers[0].dtype).removeprefix("torch."),
+            quantize=quantize,
+            kv_dtype=self.generator.kv_dtype,
+        )
 
 
-def device_stats(device: torch.device, bytes_per_s: float) -> dict:
-    """What a speed means on a device, and what it took of its memory."""
+def run_stats(
+    device: torch.device, *, prompt_tokens: int, new_tokens: int, ttft_s: Sequence[float], decode_tok_s: float,
+    bytes_per_s: float, **known: object,
+) -> dict:  # fmt: skip
+    """A run's stats: its figures, what they mean on this device, and what is `known` of how it was run."""
     peak = hardware.peak_memory_bytes(device)  # before the probe takes more
     bandwidth = hardware.read_bandwidth(device, checkpoint.cache_dir())
     return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "ttft_s": sorted(ttft_s)[len(ttft_s) // 2] if ttft_s else None,
+        "decode_tok_s": decode_tok_s,
         "decode_gbs": bytes_per_s / 1e9,
         "read_gbs": bandwidth / 1e9,
         "bandwidth_fraction": bytes_per_s / bandwidth,
         "peak_memory_gb": peak / 1e9,
         "device": hardware.device_name(device),
+        **known,
     }
 
 
@@ -377,6 +385,7 @@ CHAT_CONTEXT = 16384  # a cache of the whole context of a model made for 128k ma
 
 
 SERVING = ("serve", "checkpoint", "compile", "dtype", "quantize", "kv-dtype", "device", "max-seq-len")
+NOT_FOR_LINES = ("echo", "profile")
 NOT_IN_A_CHAT = ("prompt", "prompt-file", "json", "echo", "profile", "num-samples", "batch-size")
 
 
@@ -434,10 +443,17 @@ class Options:
             raise ValueError(f"--serve takes everything else from its requests; leave out --{others[0]}")
         if self.interactive and (others := [name for name in given if name in NOT_IN_A_CHAT]):
             raise ValueError(f"--interactive reads its prompts from you, one at a time; leave out --{others[0]}")
+        if self.lines and (others := [name for name in given if name in NOT_FOR_LINES]):
+            raise ValueError(f"a .jsonl file is answered by the batching engine, without --{others[0]}; leave it out")
         if self.prompt is not None and self.prompt_file:
             raise ValueError("give --prompt or --prompt-file, not both")
         if "" in self.stop:
             raise ValueError("--stop must not be empty")
+
+    @property
+    def lines(self) -> bool:
+        """Whether prompts are JSON lines, for the batching engine."""
+        return self.prompt_file is not None and self.prompt_file.suffix == ".jsonl"
 
 
 SAMPLING_HELP = {
@@ -546,7 +562,15 @@ def _print_head(index: int, prompts: list[str], options: Options) -> None:
         print(prompts[index], end="", flush=True)
 
 
-def run_lines(options: Options, params: SamplingParams, source: checkpoint.Checkpoint, model: Transformer) -> dict:
+def run_lines(
+    options: Options,
+    source: checkpoint.Checkpoint,
+    model: Transformer,
+    params: SamplingParams,
+    stop_ids: frozenset[int],
+    *,
+    load_s: float,
+) -> dict:
     """Answer a file of JSON lines by the batching engine, and print each answer unless it is for `--json`: the stats,
     with the samples among them if it is.
     """
@@ -560,7 +584,7 @@ def run_lines(options: Options, params: SamplingParams, source: checkpoint.Check
         max_new_tokens=options.max_new_tokens,
         n=options.num_samples,
         stop=options.stop,
-        stop_ids=frozenset() if options.ignore_eos else frozenset(source.eos_ids),
+        stop_ids=stop_ids,
         chat=options.chat,
         system=options.system,
         max_seq_len=options.max_seq_len,
@@ -589,19 +613,21 @@ def run_lines(options: Options, params: SamplingParams, source: checkpoint.Check
         for line in job.samples:
             print(json.dumps(line, ensure_ascii=False), flush=True)
     seconds, counts = time.perf_counter() - start, engine.stats()
-    stats = {
-        "prompt_tokens": counts.prompt_tokens,
-        "new_tokens": counts.generated_tokens,
-        "ttft_s": sorted(ttft_s)[len(ttft_s) // 2] if ttft_s else None,
-        "decode_tok_s": counts.generated_tokens / seconds,  # prompts included, which the same steps have
-        **device_stats(model.norm.weight.device, moved / seconds),
-        "compile_s": compile_s,
-        "dtype": options.dtype,
-        "quantize": options.quantize or source.quantized,
-        "kv_dtype": options.kv_dtype,
-        "errors": errors,
-        "preemptions": counts.preemptions,
-    }
+    stats = run_stats(
+        model.norm.weight.device,
+        prompt_tokens=counts.prompt_tokens,
+        new_tokens=counts.generated_tokens,
+        ttft_s=ttft_s,
+        decode_tok_s=counts.generated_tokens / seconds,  # prompts included, which the same steps have
+        bytes_per_s=moved / seconds,
+        compile_s=compile_s,
+        load_s=load_s,
+        dtype=options.dtype,
+        quantize=options.quantize or source.quantized,
+        kv_dtype=options.kv_dtype,
+        errors=errors,
+        preemptions=counts.preemptions,
+    )
     return {"samples": sorted(samples, key=lambda sample: sample["line"]), "stats": stats}
 
 
@@ -673,8 +699,7 @@ def main(arguments: list[str]) -> None:
     system = [] if options.system is None else [{"role": "system", "content": options.system}]
     requests: list[Request] = []
     prompts: list[str] = []
-    lines = options.prompt_file is not None and options.prompt_file.suffix == ".jsonl"
-    if lines:
+    if options.lines:
         from serving import offline
 
         offline.check(options.prompt_file)  # now rather than after an hour
@@ -685,10 +710,8 @@ def main(arguments: list[str]) -> None:
         limit = min(limit, CHAT_CONTEXT)
     model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress)
     load_s = time.perf_counter() - start
-    if lines:
-        result = run_lines(options, params, source, model)
-        result["stats"]["load_s"] = load_s
-        return show(result, options)
+    if options.lines:
+        return show(run_lines(options, source, model, params, stop_ids, load_s=load_s), options)
 
     batch_size = min(options.batch_size or 1, len(requests)) if requests else 1
     generator = Generator(

@@ -160,3 +160,10 @@ def test_a_wrong_line_ends_before_the_model_is_loaded(tiny, tmp_path, monkeypatc
     written(tmp_path / "x.jsonl", {"prompt": 1})
     with pytest.raises(ValueError, match="line 1: prompt must be text"):
         generate.main([*tiny, "--prompt-file", "x.jsonl"])
+
+
+@pytest.mark.parametrize("option", [["--echo"], ["--profile", "trace.json"]])
+def test_what_the_engine_does_not_do_for_lines_is_refused(option: list[str], tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"without {option[0]}; leave it out"):
+        generate.main(["--prompt-file", "x.jsonl", *option])
+    assert not (tmp_path / "trace.json").exists()
