@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from checkpoint import load_model, open_checkpoint
 from compiling import compile_model
 from model import Transformer
 from serving.engine import Engine, EngineOptions
@@ -48,6 +49,7 @@ def test_a_request_gets_in_a_crowd_what_it_gets_alone(switches: str, sizes: dict
             for index in range(request.n):
                 assert served.tokens[request.id, index] == alone(model, request, index), f"{request.id}, {index}"
         assert (engine.stats().swaps > 0) == ("n_host_blocks" in sizes)
+    assert runner.mixed_graphs  # steps with prompts ran as they are, were captured, and were replayed
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
@@ -57,6 +59,24 @@ def test_a_quantized_cache_gives_the_generators_tokens(model: Transformer, kv_dt
     served = serve(runner, *requests)
     for request in requests:
         assert served.tokens[request.id, 0] == alone(model, request, kv_dtype=kv_dtype)
+
+
+def test_few_requests_at_a_time_get_the_same(model: Transformer) -> None:
+    runner = new_runner(model)
+    for request in crowd():  # other sizes of graphs than a crowd's
+        served = serve(runner, request)
+        for index in range(request.n):
+            assert served.tokens[request.id, index] == alone(model, request, index), f"{request.id}, {index}"
+    assert runner.mixed_graphs
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+def test_quantized_weights_serve_batches_of_all_sizes(quantize: str) -> None:
+    model = load_model(open_checkpoint("random:smollm2-135m"), device="cuda", dtype=torch.bfloat16, quantize=quantize)
+    runner = make_runner(model, EngineOptions(max_running=80, max_step_tokens=512, kv_cache_gb=0.5), compile=True)
+    requests = [ask(str(i), prompt_of(10 + i, i), max_new_tokens=20, temperature=0.7) for i in range(80)]
+    served = serve(runner, *requests)
+    assert all(len(tokens) == 20 for tokens in served.tokens.values())
 
 
 def test_what_is_asked_for_beside_tokens(model: Transformer) -> None:
