@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cache import KV_DTYPES
-from kernels import attention, codes, dequantize, language, linear, probe, tuning
+from kernels import attention, codes, dequantize, language, linear, probe, tuning, wide
 from kernels.attention import Heads, Scratch
 from kernels.decoder import Decoder, matrices
 from kernels.linear import NOTHING
@@ -82,6 +82,23 @@ def test_a_packed_matrix_cut_into_several_programs_warps_and_loads(format: str, 
     linear.launch(x, weight, out, norm=norm, eps=0.0, mode=mode, plan=plan)
     if mode == "argmax":
         assert 0xFFFFFFFF - (out & 0xFFFFFFFF).item() == want.argmax().item()
+    else:
+        same(out, want, 3e-5)
+
+
+@pytest.mark.parametrize("mode", ["store", "add", "glu", "argmax"])
+@pytest.mark.parametrize("format", ["int8", "int4 g32", "int4 g64 asymmetric", "int4 g128"])
+def test_a_packed_matrix_whose_warps_share_rows_of_activations(format: str, mode: str) -> None:
+    N, K, M = 44, 384 if "g128" in format else 448, 11  # a whole tile of outputs and a part, an odd number of blocks
+    weight, x, residual = random_weight(format, N, K, bias=mode == "store"), random(M, K), random(M, N)
+    out = residual.clone() if mode == "add" else random(M, N // 2 if mode == "glu" else N)
+    want = linear.linear_twin(x, weight, glu=mode == "glu", residual=residual if mode == "add" else None)
+    if mode == "argmax":
+        out = torch.full((M,), NOTHING, dtype=torch.int64, device=DEVICE)
+    plan = Plan(BN=32, BK=2 * wide.block_of(weight.format), num_warps=4, depth=3)
+    linear.launch(x, weight, out, norm=None, eps=0.0, mode=mode, plan=plan)
+    if mode == "argmax":
+        assert torch.equal(0xFFFFFFFF - (out & 0xFFFFFFFF), want.argmax(-1))
     else:
         same(out, want, 3e-5)
 
