@@ -9,7 +9,8 @@ number of rows M:
   CUDA cores.
 - M = 2 to `most_rows`: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core product,
   so that 16 rows cost what one costs.
-- M = 1 to `most_rows`, packed weights: `packed.packed_kernel`.
+- M = 1 to 7, packed weights: `packed.packed_kernel`.
+- M = 8 to `most_rows`, packed weights: `packed.shared_kernel`.
 - up to 512, packed weights, on Hopper: `wide.wide_linear`.
 - more: cuBLAS over dequantized weights, or a product of integers where the inputs are to be int8 too, and
   `elementwise` for the rest.

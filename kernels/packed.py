@@ -14,6 +14,11 @@ Columns without waste: the least product has eight columns. Where there are fewe
 those of several blocks of inputs. A block's product is then right in its own columns, and only these are kept.
 
 A program computes some whole rows. Its warps share the inputs, and their sums are added at the end.
+
+From 8 rows of activations on these are most of what passes through the caches, and there are too few registers to have
+enough of everything on the way. `shared_kernel` copies words and activations into shared memory some steps ahead, where
+warps that have other rows of the matrix use the same activations. The 64-byte blocks of a step are neighbours in their
+row: DRAM opens a page for each, if they are not.
 """
 
 from kernels.dequantize import widen
@@ -305,10 +310,10 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
                   ZERO: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                   S: tl.constexpr, SK: tl.constexpr, U: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, PTX: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
-    """`packed_kernel` for 8 rows of x and up: words and x are copied into shared memory some steps ahead.
+    """`packed_kernel` for 8 rows of x and up, by way of shared memory.
 
-    Of the S warps SK share the inputs and the others the rows of the matrix, so that one copy of x serves all of these.
-    In shared memory neighbouring lanes have neighbouring 16 bytes.
+    Of the S warps SK share the inputs, U blocks each in a step, and S / SK the rows of the matrix. With PARTS, programs
+    share the inputs too, and `out` [PARTS, M, N] is for `parts_kernel` to add up.
     """
     GLU: tl.constexpr = MODE == "glu"
     SN: tl.constexpr = S // SK

@@ -86,16 +86,25 @@ def test_a_packed_matrix_cut_into_several_programs_warps_and_loads(format: str, 
         same(out, want, 3e-5)
 
 
+SHARED = {  # blocks of 64 bytes of a row: in a step of all warps; plans
+    "warps share inputs": (1, Plan(BN=64, BK=0, num_warps=2, depth=3, across=1)),
+    "and rows": (4, Plan(BN=32, BK=0, num_warps=4, depth=2, across=2)),
+    "programs have parts": (2, Plan(BN=16, BK=0, num_warps=2, depth=2, across=2, parts=2)),
+}
+
+
+@pytest.mark.parametrize("plan", SHARED)
 @pytest.mark.parametrize("mode", ["store", "add", "glu", "argmax"])
-@pytest.mark.parametrize("format", ["int8", "int4 g32", "int4 g64 asymmetric", "int4 g128"])
-def test_a_packed_matrix_whose_warps_share_rows_of_activations(format: str, mode: str) -> None:
-    N, K, M = 44, 384 if "g128" in format else 448, 11  # a whole tile of outputs and a part, an odd number of blocks
-    weight, x, residual = random_weight(format, N, K, bias=mode == "store"), random(M, K), random(M, N)
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4 g32", "int4 g64 asymmetric", "int4 g128"])
+def test_a_packed_matrix_through_shared_memory(format: str, mode: str, plan: str) -> None:
+    blocks, plan = SHARED[plan]
+    N, K, M = 44, 384 if format == "int4 g128" else 448, 11  # an odd number of blocks, and rows that nothing divides
+    weight, x, residual = random_weight(format, N, K, bias=mode != "glu"), random(M, K), random(M, N)
     out = residual.clone() if mode == "add" else random(M, N // 2 if mode == "glu" else N)
     want = linear.linear_twin(x, weight, glu=mode == "glu", residual=residual if mode == "add" else None)
     if mode == "argmax":
         out = torch.full((M,), NOTHING, dtype=torch.int64, device=DEVICE)
-    plan = Plan(BN=32, BK=2 * wide.block_of(weight.format), num_warps=4, depth=3)
+    plan = plan._replace(BK=blocks * wide.block_of(weight.format))
     linear.launch(x, weight, out, norm=None, eps=0.0, mode=mode, plan=plan)
     if mode == "argmax":
         assert torch.equal(0xFFFFFFFF - (out & 0xFFFFFFFF), want.argmax(-1))
@@ -103,7 +112,7 @@ def test_a_packed_matrix_whose_warps_share_rows_of_activations(format: str, mode
         same(out, want, 3e-5)
 
 
-@pytest.mark.parametrize("M", [9, 17])
+@pytest.mark.parametrize("M", [5, 8, 9, 17])
 @pytest.mark.parametrize("format", ["float", "int8", "int4 g32"])
 def test_linear_of_more_rows(format: str, M: int) -> None:
     weight, norm, x = random_weight(format, 40, 96, bias=True), 1 + 0.1 * random(96), random(M, 96)
