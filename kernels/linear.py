@@ -27,7 +27,7 @@ from kernels import elementwise, language, tuning, wide
 from kernels.dequantize import dequantize, dequantize_twin
 from kernels.int8 import int8_linear
 from kernels.language import held, jit, launch_options, order, store, tl, triton, wait
-from kernels.packed import packed_kernel, parts_kernel, shared_kernel
+from kernels.packed import packed_kernel, shared_kernel
 from kernels.weight import Weight, most_rows
 
 
@@ -203,7 +203,10 @@ def launch(
         }
         words = weight.data.view(torch.int16)
         if plan.across:
-            _launch_shared(x, words, weight, plan, options)
+            for name in ("norm", "NORM", "eps"):
+                del options[name]
+            U = plan.BK // (plan.across * wide.block_of(weight.format))
+            shared_kernel[grid](x, words, BM=max(BM, 8), SK=plan.across, U=U, num_stages=plan.depth, **options)
         else:  # loads go to registers, a step ahead
             packed_kernel[grid](x, words, BM=BM, AHEAD=plan.depth, num_stages=1, **options)
     elif M == 1:
@@ -211,43 +214,6 @@ def launch(
     else:
         BK = max(BK, 16)  # a tensor core's least
         _tile_kernel[grid](x, weight.data, M=M, BM=max(BM, 16), BK=BK, num_stages=plan.depth, **options)
-
-
-def _launch_shared(x: Tensor, words: Tensor, weight: Weight, plan: tuning.Plan, options: dict) -> None:
-    """`shared_kernel`, and where programs have parts of the inputs, the sum of these."""
-    for name in ("norm", "NORM", "eps"):
-        del options[name]
-    M, N, out, mode, bias = len(x), options["N"], options["out"], options["MODE"], options["BIAS"]
-    parts = plan.parts if mode in ("store", "add") else 1
-    if parts > 1:
-        options |= {"out": x.new_empty(parts, M, N, dtype=torch.float32), "MODE": "store", "BIAS": False}
-    shared_kernel[triton.cdiv(N, plan.BN), parts](
-        x,
-        words,
-        BM=max(triton.next_power_of_2(M), 8),
-        SK=plan.across,
-        U=plan.BK // (plan.across * wide.block_of(weight.format)),
-        PARTS=parts,
-        AHEAD=getattr(tuning, "AHEAD", 0),
-        num_stages=plan.depth,
-        **options,
-    )
-    if parts > 1:
-        BLOCK = 512
-        parts_kernel[(triton.cdiv(M * N, BLOCK),)](
-            options["out"],
-            options["bias"],
-            out,
-            N,
-            M,
-            PARTS=parts,
-            BIAS=bias,
-            ADD=mode == "add",
-            BLOCK=BLOCK,
-            PDL=options["PDL"],
-            num_warps=4,
-            **launch_options(x),
-        )
 
 
 @jit

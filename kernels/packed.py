@@ -258,7 +258,7 @@ def _group_scales(scale, t: tl.constexpr, last, N, step, SCALES: tl.constexpr, P
 @jit
 def _shared_words(w, t: tl.constexpr, u: tl.constexpr, last, N, step, ROW: tl.constexpr, U: tl.constexpr,
                   SK: tl.constexpr, SN: tl.constexpr, GLU: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    """Half-words [4, 8, SK, 2, SN, 8] of the t-th tile of each warp: in memory and on the way [SK, SN, 2, 8] 64 bytes."""
+    """Half-words [4, 8, SK, 2, SN, 8] of the t-th tile of each warp: on the way [SK, SN, 2, 8] blocks of 64 bytes."""
     r = tl.arange(0, SK * SN * 16)[:, None]
     row = _row(t * SN + r // 16 % SN, r % 8, r // 8 % 2, last, N, GLU)
     at = ((step * SK + r // (16 * SN)) * U + u) * 32 + tl.arange(0, 32)[None, :]
@@ -267,17 +267,6 @@ def _shared_words(w, t: tl.constexpr, u: tl.constexpr, last, N, step, ROW: tl.co
     else:
         v = tl.load(w + row * ROW + at)
     return tl.permute(tl.reshape(v, [SK, SN, 2, 8, 4, 8]), [4, 3, 0, 2, 1, 5])
-
-
-@jit
-def _prefetch(w, t: tl.constexpr, last, N, AHEAD: tl.constexpr, ROW: tl.constexpr, SN: tl.constexpr,
-              GLU: tl.constexpr):  # fmt: skip
-    """Ask for the first AHEAD blocks of `_shared_words`' rows into the L2 cache."""
-    r = tl.arange(0, SN * 16)[:, None]
-    row = _row(t * SN + r // 16 % SN, r % 8, r // 8 % 2, last, N, GLU)
-    at = (w + row * ROW + tl.arange(0, AHEAD)[None, :] * 32).to(tl.int64)
-    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    tl.inline_asm_elementwise(code, "=r,l", [at], tl.int32, is_pure=False, pack=1)
 
 
 @jit
@@ -308,12 +297,11 @@ def _shared_vectors(x, M, step, u: tl.constexpr, K: tl.constexpr, FORMAT: tl.con
 @jit(do_not_specialize=["M"])
 def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
                   ZERO: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  S: tl.constexpr, SK: tl.constexpr, U: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, PTX: tl.constexpr,
+                  S: tl.constexpr, SK: tl.constexpr, U: tl.constexpr, PTX: tl.constexpr,
                   PDL: tl.constexpr):  # fmt: skip
     """`packed_kernel` for 8 rows of x and up, by way of shared memory.
 
-    Of the S warps SK share the inputs, U blocks each in a step, and S / SK the rows of the matrix. With PARTS, programs
-    share the inputs too, and `out` [PARTS, M, N] is for `parts_kernel` to add up.
+    Of the S warps SK share the inputs, U blocks each in a step, and S / SK the rows of the matrix.
     """
     GLU: tl.constexpr = MODE == "glu"
     SN: tl.constexpr = S // SK
@@ -321,12 +309,12 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
     TILES: tl.constexpr = BN // PART
     Q: tl.constexpr = 4 if FORMAT == "int4" else 2
     BLOCKS: tl.constexpr = (K + 32 * Q - 1) // (32 * Q)
-    STEPS: tl.constexpr = (BLOCKS + PARTS * SK * U - 1) // (PARTS * SK * U)
+    STEPS: tl.constexpr = (BLOCKS + SK * U - 1) // (SK * U)
     SCALES: tl.constexpr = K // GROUP if FORMAT == "int4" else 1
     PER: tl.constexpr = GROUP // 32 if FORMAT == "int4" else Q
     GROUPS: tl.constexpr = 4 // PER * U
     OFFSET: tl.constexpr = 128.0 if PTX else 0.0
-    RAGGED: tl.constexpr = PARTS * STEPS * SK * U * 32 * Q != K
+    RAGGED: tl.constexpr = STEPS * SK * U * 32 * Q != K
     ROW: tl.constexpr = BLOCKS * 32 if FORMAT == "int4" else K // 2
     ENDS: tl.constexpr = (1 if FORMAT != "int4" else 0) + (1 if BIAS else 0)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -336,31 +324,25 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
     w += base * ROW
     scale += base * SCALES
     zero += base * SCALES
-    first = tl.program_id(1) * STEPS
-    if PARTS > 1:
-        out += tl.program_id(1).to(tl.int64) * M * N
     sums, scales, zeros, ends, residuals = (), (), (), (), ()
     for t in tl.static_range(TILES):
         sums = sums + (tl.zeros([S, 16, BM], tl.float32),)
         if FORMAT == "int4":
-            scales = scales + _group_scales(scale, t, last, N, first, SCALES, PER, U, SK, SN, GLU)
+            scales = scales + _group_scales(scale, t, last, N, 0, SCALES, PER, U, SK, SN, GLU)
             if ZERO:
-                zeros = zeros + _group_scales(zero, t, last, N, first, SCALES, PER, U, SK, SN, GLU)
+                zeros = zeros + _group_scales(zero, t, last, N, 0, SCALES, PER, U, SK, SN, GLU)
         r = tl.arange(0, 16 * SN)
         row = _row(t * SN + r // 16, r % 8, r // 8 % 2, last, N, GLU)
         if FORMAT != "int4":
             ends = ends + (tl.load(scale + row)[:, None],)
         if BIAS:
             ends = ends + (tl.load(bias + base + row).to(tl.float32)[:, None],)
-        if PDL and AHEAD > 0:
-            _prefetch(w + first * (SK * U * 32), t, last, N, AHEAD, ROW, SN, GLU)
     wait(PDL)
     if MODE == "add":
         for t in tl.static_range(TILES):
             residuals = residuals + (held(out, base + t * PART + tl.arange(0, PART), N, M, BM),)
 
-    for i in range(STEPS):
-        step = first + i
+    for step in range(STEPS):
         words, sides, next_scales, next_zeros = (), (), (), ()
         for u in tl.static_range(U):
             for t in tl.static_range(TILES):
@@ -408,20 +390,3 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
         if MODE == "add":
             y += residuals[t]
         store(out, y, base + t * PART + tl.arange(0, PART), N, M, MODE, BM)
-
-
-@jit(do_not_specialize=["M"])
-def parts_kernel(parts, bias, out, N, M, PARTS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-                 BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """The sum of parts [PARTS, M, N], with bias, and with ADD with what out [M, N] holds."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = at < M * N
-    y = tl.zeros([BLOCK], tl.float32)
-    if BIAS:
-        y += tl.load(bias + at % N, mask=keep, other=0.0).to(tl.float32)
-    wait(PDL)
-    if ADD:
-        y += tl.load(out + at, mask=keep, other=0.0).to(tl.float32)
-    for part in tl.static_range(PARTS):
-        y += tl.load(parts + part * M * N + at, mask=keep, other=0.0)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)

@@ -24,7 +24,6 @@ class Plan(NamedTuple):
     num_warps: int
     depth: int = 1  # stages of a pipeline of tiles; 64-byte blocks of a packed row that a warp takes at a time
     across: int = 0  # packed weights: how many of the warps share BK, where words go through shared memory
-    parts: int = 1  # of the inputs, that programs of their own take
 
 
 class AttentionPlan(NamedTuple):

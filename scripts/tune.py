@@ -120,14 +120,13 @@ def candidates(case: Case) -> list[Plan]:
 def shared_candidates(case: Case) -> list[Plan]:
     """The plans worth a try for packed words that go through shared memory."""
     halves, inputs = 2 if case.mode == "glu" else 1, 128 if case.format == "int4" else 64
-    parts = (1, 2, 4) if case.mode in ("store", "add") and case.N < 8192 else (1,)
     plans = []
-    for across, alongside, tiles, blocks, part in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 4), parts):
+    for across, alongside, tiles, blocks in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 4)):
         rows, BK = 16 * alongside * tiles, inputs * across * blocks
-        if not 2 <= across * alongside <= 8 or rows < 32 or case.K < 2 * BK * part or part * case.N * halves < 96 * rows:
+        if not 2 <= across * alongside <= 8 or rows < 32 or case.K < 2 * BK or case.N * halves < 96 * rows:
             continue
-        for depth in (3, 4, 5):
-            plan = Plan(rows // halves, BK, across * alongside, depth, across, part)
+        for depth in (3, 4, 5, 6):
+            plan = Plan(rows // halves, BK, across * alongside, depth, across)
             if 49152 <= tuning.step_bytes(plan, case.format, case.rows, case.mode) * (depth - 1) <= 163840:
                 plans.append(plan)
     return plans

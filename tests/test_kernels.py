@@ -89,7 +89,6 @@ def test_a_packed_matrix_cut_into_several_programs_warps_and_loads(format: str, 
 SHARED = {  # blocks of 64 bytes of a row: in a step of all warps; plans
     "warps share inputs": (1, Plan(BN=64, BK=0, num_warps=2, depth=3, across=1)),
     "and rows": (4, Plan(BN=32, BK=0, num_warps=4, depth=2, across=2)),
-    "programs have parts": (2, Plan(BN=16, BK=0, num_warps=2, depth=2, across=2, parts=2)),
 }
 
 
@@ -133,6 +132,19 @@ def test_a_plan_for_tiles_is_cut_down_to_the_shared_memory_there_is() -> None:
         assert tuning.tile_bytes(fitted, M, mode, itemsize) <= 101376
         assert tuning.fit(fitted, M, mode, itemsize, 101376) == fitted
     assert tuning.fit(Plan(32, 128, 4, 4), 16, "store", 2, 232448) == Plan(32, 128, 4, 4)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("M", [8, 16, 33, 64])
+def test_the_rule_for_packed_matrices_cuts_them_into_whole_tiles_that_a_hopper_has_room_for(
+    format: str, M: int
+) -> None:
+    for N, K, mode in ((14336, 4096, "glu"), (128256, 4096, "argmax"), (4096, 14336, "add"), (48, 64, "glu")):
+        plan = tuning.rule(format, M, N, K, mode)
+        least = (8 if mode == "glu" else 16) * plan.num_warps // plan.across  # outputs of all warps' tiles
+        assert plan.BN % least == 0
+        assert plan.BK % (plan.across * (128 if format == "int4" else 64)) == 0
+        assert 2 * tuning.step_bytes(plan, format, M, mode) <= 232448
 
 
 @pytest.mark.parametrize("M", [1, 2])
