@@ -136,9 +136,7 @@ def test_a_plan_for_tiles_is_cut_down_to_the_shared_memory_there_is() -> None:
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("M", [8, 16, 33, 64])
-def test_the_rule_for_packed_matrices_cuts_them_into_whole_tiles_that_a_hopper_has_room_for(
-    format: str, M: int
-) -> None:
+def test_the_rule_cuts_packed_matrices_into_whole_tiles_that_a_hopper_has_room_for(format: str, M: int) -> None:
     for N, K, mode in ((14336, 4096, "glu"), (128256, 4096, "argmax"), (4096, 14336, "add"), (48, 64, "glu")):
         plan = tuning.rule(format, M, N, K, mode)
         least = (8 if mode == "glu" else 16) * plan.num_warps // plan.across  # outputs of all warps' tiles
