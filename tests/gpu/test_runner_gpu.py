@@ -35,7 +35,7 @@ def model() -> Transformer:
 
 @pytest.mark.parametrize(
     "sizes",
-    [{}, {"n_blocks": 22}, {"n_blocks": 22, "n_host_blocks": 40}, {"graphs": False}],
+    [{}, {"n_blocks": 16}, {"n_blocks": 16, "n_host_blocks": 40}, {"graphs": False}],
     ids=["room", "recompute", "swap", "without graphs"],
 )
 @pytest.mark.parametrize("switches", SWITCHES)
@@ -48,7 +48,8 @@ def test_a_request_gets_in_a_crowd_what_it_gets_alone(switches: str, sizes: dict
         for request in crowd():
             for index in range(request.n):
                 assert served.tokens[request.id, index] == alone(model, request, index), f"{request.id}, {index}"
-        assert (engine.stats().swaps > 0) == ("n_host_blocks" in sizes)
+        stats = engine.stats()
+        assert (stats.preemptions > 0) == ("n_blocks" in sizes) and (stats.swaps > 0) == ("n_host_blocks" in sizes)
     assert runner.mixed_graphs  # steps with prompts ran as they are, were captured, and were replayed
 
 
