@@ -32,7 +32,7 @@ def draw_twin(logits: Tensor, rows: Tensor, temperature: Tensor, seed: Tensor, p
     """`draw` in plain torch."""
     logits, temperature, seed = logits.float(), temperature[rows, None], seed[rows, None]
     noise = uniform(seed, position[:, None], logits.shape[-1])
-    warm = logits / torch.where(temperature == 0.0, 1.0, temperature) - torch.log(-torch.log(noise))
+    warm = logits * torch.where(temperature == 0.0, 1.0, temperature).reciprocal() - torch.log(-torch.log(noise))
     out.copy_(argmax_in_chunks(torch.where(temperature == 0.0, logits, warm)))
 
 
@@ -42,9 +42,8 @@ def draw_kernel(logits: Tensor, rows: Tensor, temperature: Tensor, seed: Tensor,
     B, V = logits.shape
     best = torch.empty(B, triton.cdiv(V, PIECE), dtype=torch.int64, device=logits.device)
     options = {"PDL": language.pdl(logits), **launch_options(logits)}
-    _draw_kernel[(best.shape[1], B)](
-        logits, rows, temperature, seed, position, best, V, logits.stride(0), PIECE=PIECE, num_warps=8, **options
-    )
+    grid, tensors, ptx = (best.shape[1], B), (logits, rows, temperature, seed, position, best), language.cuda(logits)
+    _draw_kernel[grid](*tensors, V, logits.stride(0), PIECE=PIECE, PTX=ptx, num_warps=8, **options)
     _pick_kernel[(B,)](best, out, best.shape[1], PIECES=triton.next_power_of_2(best.shape[1]), num_warps=1, **options)
 
 
@@ -57,7 +56,30 @@ def _hash(x):
 
 
 @jit
-def _draw_kernel(logits, rows, temperature, seed, position, best, V, stride, PIECE: tl.constexpr, PDL: tl.constexpr):
+def _log(x, PTX: tl.constexpr):
+    """The natural logarithm: off by 2e-7 where x is 0.5 to 2, else by as much of itself."""
+    if PTX:
+        code: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        y = tl.inline_asm_elementwise(code, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.log2(x)
+    return y * 0.6931471805599453
+
+
+@jit
+def _draw_kernel(
+    logits,
+    rows,
+    temperature,
+    seed,
+    position,
+    best,
+    V,
+    stride,
+    PIECE: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
     piece, row = tl.program_id(0), tl.program_id(1)
     index = piece * PIECE + tl.arange(0, PIECE)
     wait(PDL)
@@ -68,9 +90,12 @@ def _draw_kernel(logits, rows, temperature, seed, position, best, V, stride, PIE
         s = tl.load(seed + slot)
         at = tl.load(position + row).to(tl.uint32)
         own = _hash(_hash(_hash(s.to(tl.uint32)) ^ (s >> 32).to(tl.uint32)) ^ at)
-        bits = _hash(_hash(own ^ index.to(tl.uint32)) + own) >> 9
-        u = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-        x = tl.where(index < V, x / t - tl.log(-tl.log(u)), float("-inf"))
+        bits = _hash(own + index.to(tl.uint32) * (_hash(own + 1) | 1))
+        # 1 - u, of 23 bits as u is. Of u near 1, which wins, a fast logarithm would be wrong, but a series is short.
+        v = ((~bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+        few = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
+        e = tl.where(v < 0.03125, few, -_log(1.0 - v, PTX))
+        x = tl.where(index < V, x * tl.div_rn(1.0, t) - _log(e, PTX), float("-inf"))
     top = tl.max(x, 0)
     first = tl.min(tl.where(x == top, index, V - 1), 0)  # a number of 64 bits for each logit would take longer
     tl.store(best + row * tl.num_programs(0) + piece, order(top, first))
