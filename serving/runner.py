@@ -117,8 +117,9 @@ class Runner:
             torch.cuda.set_device(self.device)  # of this thread
         self._move_blocks(step)
         if step.table:
-            slot, index, block = hardware.send(self.device, *np.array(step.table).T)
-            self.tables[slot, index] = block.int()
+            slots, indices, blocks = np.array(step.table).T
+            slot, index, block = hardware.send(self.device, slots, indices, blocks.astype(np.int32))
+            self.tables[slot, index] = block
         self.drawing.join(step.joined)
         works = step.decodes + [work for work in step.prefills if work.samples]
         rows = self.drawing.rows_of(works)
