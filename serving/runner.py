@@ -1,8 +1,9 @@
 """Runs the scheduler's steps on the device and fetches the tokens that they draw.
 
 What a sequence's next step needs stays on the device, in tables by slot: its newest token, where that goes, its
-blocks. A step sends what it changes there in one small copy. One that only decodes sends nothing else: on CUDA it is
-a graph over the tables, of which there is one for each of some batch sizes; so is one with prompts, if those are short.
+blocks, its temperature. A step sends what it changes there in one small copy. One that only decodes sends nothing else:
+on CUDA it is a graph over the tables, of which there is one for each of some batch sizes, and draws its tokens too, if
+nobody asks for more than a temperature. One with prompts is a graph up to its logits, if those prompts are short.
 Nothing here waits for the device but `Ticket.wait`, for its own step. Who a row belongs to and when it ends is the
 scheduler's.
 """
