@@ -67,19 +67,9 @@ def _log(x, PTX: tl.constexpr):
 
 
 @jit
-def _draw_kernel(
-    logits,
-    rows,
-    temperature,
-    seed,
-    position,
-    best,
-    V,
-    stride,
-    PIECE: tl.constexpr,
-    PTX: tl.constexpr,
-    PDL: tl.constexpr,
-):
+def _draw_kernel(logits, rows, temperature, seed, position, best, V, stride, PIECE: tl.constexpr, PTX: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """The best of a piece of a row's logits, as `order` packs it."""
     piece, row = tl.program_id(0), tl.program_id(1)
     index = piece * PIECE + tl.arange(0, PIECE)
     wait(PDL)
@@ -103,6 +93,7 @@ def _draw_kernel(
 
 @jit
 def _pick_kernel(best, out, n, PIECES: tl.constexpr, PDL: tl.constexpr):
+    """The token of the best of a row's n pieces."""
     row, piece = tl.program_id(0), tl.arange(0, PIECES)
     wait(PDL)
     packed = tl.load(best + row * n + piece, mask=piece < n, other=-(1 << 63))
