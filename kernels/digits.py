@@ -111,7 +111,7 @@ def digits_linear(
     digits = split(x.contiguous(), weight, norm=norm, eps=eps)
     if weight.format == "fp8":
         out = residual if residual is not None else x.new_empty(M, N // 2 if glu else N, dtype=out_dtype)
-        parts = _scaled_mm(digits, weight, M).view(M, 2, N).transpose(0, 1)
+        parts = _scaled_mm(digits, weight, M).view(-1, 2, N)[:M].transpose(0, 1)
         scales = digits.scale, weight.scale
         add_parts(parts, out, bias=weight.bias, scales=scales, add=residual is not None, glu=glu)
         return out
@@ -121,9 +121,10 @@ def digits_linear(
 
 
 def _scaled_mm(digits: Digits, weight: Weight, M: int) -> Tensor:
-    """M rows of two digits by a matrix of e4m3 without its scale, bf16 [2 M, N]."""
+    """M rows of two digits, and up to seven more, by a matrix of e4m3 without its scale, bf16 [2 M and more, N]."""
     one, matrix = digits.scale[-1:], weight.data.view(torch.float8_e4m3fn)
-    return torch._scaled_mm(digits.codes[:M].flatten(0, 1), matrix.t(), one, one, out_dtype=torch.bfloat16)
+    rows = digits.codes[: triton.cdiv(M, 8) * 8].flatten(0, 1)  # in sixteens
+    return torch._scaled_mm(rows, matrix.t(), one, one, out_dtype=torch.bfloat16)
 
 
 def _multiply(digits: Digits, weight: Weight, out: Tensor, add: bool, plan: tuning.DigitsPlan | None) -> None:
@@ -133,7 +134,7 @@ def _multiply(digits: Digits, weight: Weight, out: Tensor, add: bool, plan: tuni
     tiles, columns = triton.cdiv(M, plan.BM), triton.cdiv(N, plan.BN)
     whole = min(plan.whole, columns)
     rest = max(N - whole * plan.BN, 0)  # outputs that are left to be added up from parts
-    parts = out.new_empty(plan.splits, M, rest, dtype=torch.float32) if rest else out
+    parts = out.new_empty(plan.splits, M, rest, dtype=torch.float32) if rest else digits.scale  # which is not written
     digits_kernel[(tiles * (whole + (columns - whole) * plan.splits),)](
         TensorDescriptor.from_tensor(weight.data.view(torch.int8), [plan.BN, BK]),
         TensorDescriptor.from_tensor(digits.codes.flatten(0, 1), [D * plan.BM, BK]),
@@ -149,7 +150,6 @@ def _multiply(digits: Digits, weight: Weight, out: Tensor, add: bool, plan: tuni
         plan.splits,
         D=D,
         ADD=add,
-        PARTS=rest > 0,
         BM=plan.BM,
         BN=plan.BN,
         BK=BK,
@@ -215,23 +215,22 @@ def _arrange(v, BLOCK: tl.constexpr):
 
 @jit(do_not_specialize=["M", "whole", "splits"])
 def digits_kernel(w, x, steps, scale, bias, out, parts, N, M, K, whole, splits, D: tl.constexpr, ADD: tl.constexpr,
-                  PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BN outputs of BM rows of D digits each, by a matrix of int8; `w` and `x` describe both tensors.
 
-    With PARTS columns of tiles from the `whole`th on are cut along K, and a program adds up one of `splits` parts.
+    Columns of tiles from the `whole`th on are cut along K, and a program adds up one of `splits` parts.
     """
     tiles = tl.cdiv(M, BM)
     column = tl.program_id(0) // tiles
     begin, end = 0, tl.cdiv(K, BK)
     part = 0
-    if PARTS:  # noqa: SIM102
-        if column >= whole:
-            each = tl.cdiv(end, splits)
-            part = (column - whole) % splits
-            column = whole + (column - whole) // splits
-            begin = part * each
-            end = tl.minimum(begin + each, end)
+    cut = column >= whole
+    if cut:
+        each = tl.cdiv(end, splits)
+        part = (column - whole) % splits
+        column = whole + (column - whole) // splits
+        begin = part * each
+        end = tl.minimum(begin + each, end)
     first = tl.program_id(0) % tiles * BM
     n = column * BN + tl.arange(0, BN)
     m = first + tl.arange(0, BM)
@@ -249,9 +248,6 @@ def digits_kernel(w, x, steps, scale, bias, out, parts, N, M, K, whole, splits, 
         y = high.to(tl.float32) * 256.0 + low.to(tl.float32)
     y *= tl.load(scale + row)[:, None] * tl.load(steps + tl.minimum(m, M - 1))[None, :]
     keep = (n < N)[:, None] & (m < M)[None, :]
-    cut = False
-    if PARTS:
-        cut = column >= whole
     if cut:
         rest = N - whole * BN
         at = (part * M + m[None, :]).to(tl.int64) * rest + (n - whole * BN)[:, None]
