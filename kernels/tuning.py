@@ -167,9 +167,9 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
         return AttentionPlan(128, 128, 264, 4)
     BS = 64 if row <= 256 else 32
     if kind == "paged":
-        return AttentionPlan(BS, 256, 1056, 2 if row <= 128 else 4)
+        return AttentionPlan(BS, 128, 2048, 2 if row <= 128 else 4)
     if kind == "paged wide":
-        return AttentionPlan(BS, 512, 2048, 2 if row <= 128 else 4)
+        return AttentionPlan(BS, 256, 1056, 2) if row <= 128 else AttentionPlan(BS, 512, 2048, 4)
     return AttentionPlan(BS, 256 if kind == "wide" else BS, 264, 4)
 
 
@@ -185,8 +185,8 @@ def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
 
 
 def paged_kind(n_kv_heads: int, rows: int) -> str:
-    """Rows of a paged cache differ in length: where they are many they are cut so that a long one does not end last."""
-    return "paged wide" if rows * n_kv_heads >= 512 else "paged"
+    """Rows of a paged cache differ in length: many are cut so that no long one ends last, few to fill the GPU."""
+    return "paged wide" if rows * n_kv_heads > 64 else "paged"
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
