@@ -7,8 +7,9 @@ number of rows M:
 
 - M = 1, float weights: `_vector_kernel`. A program holds a few whole rows of the matrix against x, in fp32 on the
   CUDA cores.
-- M = 2 to `most_rows`: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core product,
-  so that 16 rows cost what one costs.
+- M = 2 to 256, float weights of 16 bits, on Hopper: `rows.rows_linear`, where it is faster.
+- M = 2 to `most_rows`, other float weights: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core
+  product, so that 16 rows cost what one costs.
 - M = 1 to `most_rows`, packed weights: `packed.packed_kernel`.
 - up to 512, int4, on Hopper: `wide.wide_linear`.
 - up to 1024, int8 and fp8, on Hopper: `digits.digits_linear`; any number where the inputs are to be int8 too.
@@ -23,30 +24,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import digits, elementwise, language, tuning, wide
+from kernels import digits, elementwise, language, rows, tuning, wide
 from kernels.dequantize import dequantize, dequantize_twin
 from kernels.int8 import int8_linear
 from kernels.language import held, jit, launch_options, order, store, tl, triton, wait
 from kernels.packed import packed_kernel
+from kernels.rows import Stream
 from kernels.weight import Weight, most_rows
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Stream,
     weight: Weight,
     *,
     norm: Tensor | None = None,
     eps: float = 0.0,
     glu: bool = False,
-    residual: Tensor | None = None,
+    residual: Tensor | Stream | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y [M, N] = RMSNorm(x [M, K]; norm [K], eps) W^T + bias, then SiLU(gate) * up where `glu`, or + `residual`.
 
     With `glu` the matrix is gate over up and y is [M, N/2]. Without `norm`, x is taken as it is. `residual` [M, N]
-    is overwritten by the result and returned; it does not go with `glu`.
+    is overwritten by the result and returned; it does not go with `glu`. Where it is a stream, what is returned may
+    lack something that the stream adds.
     """
     assert not (glu and residual is not None)
+    if isinstance(x, Stream):
+        x, norm = x.normed(norm, eps)
+    plan = rows.plan_of(x, weight, glu=glu, add=residual is not None)
+    if plan is not None:
+        x = x if norm is None else elementwise.rms_norm(x, norm, eps)
+        return rows.rows_linear(x, weight, plan, glu=glu, residual=residual, out_dtype=out_dtype)
+    residual = residual.x if isinstance(residual, Stream) else residual
     options = {"norm": norm, "eps": eps, "glu": glu, "residual": residual, "out_dtype": out_dtype}
     if not language.on_gpu(x):
         return linear_twin(x, weight, **options)

@@ -64,6 +64,18 @@ class DigitsPlan(NamedTuple):
     splits: int  # parts that the inputs are cut into for the columns after these
 
 
+class RowsPlan(NamedTuple):
+    """How a product of a float matrix and many rows is cut."""
+
+    BM: int  # rows of activations in a tile
+    BN: int  # rows of the matrix in a tile
+    BK: int  # inputs in a block
+    num_warps: int
+    depth: int  # blocks under way
+    splits: int = 1  # parts that the inputs are cut into
+    ahead: int = 0  # inputs that are asked for into the L2 cache before the kernel before has ended
+
+
 TABLE = Path(__file__).with_name("tuned.json")
 
 
@@ -132,6 +144,8 @@ def rule(format: str, M: int, N: int, K: int, mode: str) -> Plan:
     if format != "float":
         inputs = 128 if format == "int4" else 64  # what a warp takes at a time
         return Plan(8 if mode == "glu" else 16, 0, max(1, min(4 if K <= 4096 else 8, reach // inputs)), 4)
+    if N >= 24576:
+        return Plan(64, 256, 4, 2)
     return Plan(32 if N // 32 >= 96 else 16, 128, 4, 4)
 
 
@@ -220,3 +234,32 @@ def digits_plan(M: int, N: int, K: int, digits: int) -> DigitsPlan:
     whole = tiles * columns // programs * programs // tiles
     splits = max(1, min(programs // max(tiles * (columns - whole), 1), K // 1024))
     return DigitsPlan(BM, BN, num_warps, depth, columns if splits == 1 else whole, splits)
+
+
+def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | None:
+    """For a float matrix of 16 bits [N, K] and M rows on Hopper; None where another way is as fast."""
+    if M > 256 or K % 64:
+        return None
+    small, head = N * K < 1 << 23, N >= 24576 and not glu
+    most = 64 if head else 256 if small else 128
+    if not (16 if head else 1) < M <= most and not (glu and N >= 24576 and M > 224):
+        return None
+    whole = K % 128 == 0  # blocks of 128 inputs
+    if M <= 64:
+        plan = RowsPlan(64, 64 if N >= 3072 else 32, 128, 4, 4)
+        if N >= 12288:
+            plan = RowsPlan(64, 128, 128, 4, 3)
+    elif small and M * N <= 128 * 4096:
+        plan = RowsPlan(64, 64, 128, 4, 4)
+    elif M <= 128:
+        plan = RowsPlan(128, 128, 128, 8, 3) if N >= 12288 else RowsPlan(128, 64, 128, 8, 4)
+    elif small:
+        plan = RowsPlan(128, 64, 128, 8, 4) if M * N <= 256 * 4096 and whole else RowsPlan(128, 128, 64, 8, 4)
+    else:
+        plan = RowsPlan(128, 256, 64, 8, 4)
+    if plan.BK == 128 and not whole:
+        plan = plan._replace(BK=64, depth=min(2 * plan.depth, 6))
+    if add:
+        tiles = triton.cdiv(M, plan.BM) * triton.cdiv(N, plan.BN)
+        plan = plan._replace(splits=max(1, min(132 // tiles, K // 256)))
+    return plan._replace(ahead=512 if small and M <= 64 else 0)
