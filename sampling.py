@@ -189,7 +189,7 @@ def warp(logits: Tensor, batch: SamplingBatch) -> Tensor:
     logits = penalize(logits.float(), batch)
     if batch.greedy:
         return logits
-    logits = logits / torch.where(batch.temperature == 0.0, 1.0, batch.temperature)
+    logits = logits * torch.where(batch.temperature == 0.0, 1.0, batch.temperature).reciprocal()
     return min_p(top_k_top_p(logits, batch), batch)
 
 
@@ -224,10 +224,15 @@ def argmax_in_chunks(x: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, position: Tensor, n: int) -> Tensor:
-    """Noise in the open interval (0, 1), fp32 [B, n], a pure function of seed [B, 1], position [B, 1] and column."""
+    """Noise in the open interval (0, 1), fp32 [B, n], a pure function of seed [B, 1], position [B, 1] and column.
+
+    As SplitMix does: hashes of a counter. Seed and position say where it begins, and what odd step it takes: with one
+    step for all, rows would be pieces of one sequence, and some of them would overlap.
+    """
     row = _hash(_hash(_hash(seed & _UINT32) ^ (seed >> 32)) ^ position)  # [B, 1]
+    step = _hash(row + 1 & _UINT32) | 1
     column = torch.arange(n, device=seed.device)
-    bits = _hash(_hash(row ^ column) + row & _UINT32) >> 9  # 23 bits: with the half below, fp32 holds them exactly
+    bits = _hash(row + column * step & _UINT32) >> 9  # 23 bits: with the half below, fp32 holds them exactly
     return (bits.float() + 0.5) * 2.0**-23
 
 

@@ -189,6 +189,7 @@ def decode_attention_kernel(
         PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
         **launch_options(qkv),
+        **({"maxnreg": 168} if page and language.pdl(qkv) else {}),  # of three programs of four warps
     )
     return out
 
@@ -296,20 +297,27 @@ def _scales(scale, start, end, stride_s, BS: tl.constexpr):
 
 
 @jit
-def _block(k_cache, v_cache, k_scale, v_scale, moved, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr,
-           BD: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """Keys, values and their scales of BS slots from `start` on, zeros from `end` on, in a cache where they are `moved`
-    from the places of their numbers.
-    """
+def _key_block(k_cache, k_scale, moved, start, end, stride_s: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
+               BD: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """Keys and scales of BS slots from `start` on, zeros from `end` on, `moved` from the places of their numbers."""
     at = tl.cast(moved, tl.int64)
-    k = _keys(k_cache + at * stride_s, start, end, stride_s, D, BS, BD, S)
-    v = _values(v_cache + at * stride_s, start, end, stride_s, D, BS, BD, S)
-    # Scales [B, S, K] lie as the codes [B, S, K, D] do.
-    scale_s = stride_s // D
+    scale_s: tl.constexpr = stride_s // D  # scales [B, S, K] lie as the codes [B, S, K, D] do
     if k_scale is not None:
         k_scale += at * scale_s
+    return _keys(k_cache + at * stride_s, start, end, stride_s, D, BS, BD, S), _scales(k_scale, start, end, scale_s, BS)
+
+
+@jit
+def _value_block(v_cache, v_scale, moved, start, end, stride_s: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
+                 BD: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """The same of values."""
+    at = tl.cast(moved, tl.int64)
+    scale_s: tl.constexpr = stride_s // D
+    if v_scale is not None:
         v_scale += at * scale_s
-    return k, v, _scales(k_scale, start, end, scale_s, BS), _scales(v_scale, start, end, scale_s, BS)
+    return _values(v_cache + at * stride_s, start, end, stride_s, D, BS, BD, S), _scales(
+        v_scale, start, end, scale_s, BS
+    )
 
 
 @jit
@@ -344,17 +352,18 @@ def _attend(q, k, v, k_scale, v_scale, start, first, end, scale, top, total, acc
 
 @jit
 def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache, k_scale, v_scale, tables, rows, out,
-                      sums, stats, counters, eps, scale, stride_b, stride_s, stride_k, K: tl.constexpr,
-                      G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, WINDOW: tl.constexpr,
-                      SPLITS: tl.constexpr, SHORTEST: tl.constexpr, BS: tl.constexpr, BG: tl.constexpr,
-                      BD: tl.constexpr, S: tl.constexpr, LOOP: tl.constexpr, PAGE: tl.constexpr,
+                      sums, stats, counters, eps, scale, stride_b, stride_s: tl.constexpr, stride_k: tl.constexpr,
+                      K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+                      WINDOW: tl.constexpr, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, BS: tl.constexpr,
+                      BG: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, LOOP: tl.constexpr, PAGE: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     """One split of a row's slots for the query heads of one key head, and by the last program their combination.
 
     S is the number of warps, BS how many slots are taken at a time, in a LOOP where a split has more; BG and BD are G
     and D rounded up. A split has SHORTEST slots at least. In a paged cache blocks have PAGE slots, a multiple of BS,
-    stride_b is that of the tables, and SPLITS is 0, so that batches of all sizes run the same code.
+    stride_b is that of the tables, SPLITS is 0, so that batches of all sizes run the same code, and rows of less than
+    two times SHORTEST are not cut.
     """
     # Position and older keys and values were there before this step began: they need no wait. The embedding is what
     # keeps it so, being launched only after all of the step before.
@@ -372,6 +381,8 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
     length = pos - origin + 1  # the newest included
     splits = SPLITS if SPLITS > 0 else tl.num_programs(0)
     share = tl.maximum(tl.cdiv(tl.cdiv(length, splits), BS) * BS, SHORTEST)
+    if PAGE:  # two parts and their combination take longer than one of twice as many slots
+        share = tl.where(length < 2 * SHORTEST, 2 * SHORTEST, share)
     n_splits = tl.cdiv(length, share)
     if split < n_splits:
         dtype: tl.constexpr = qkv.dtype.element_ty
@@ -393,7 +404,9 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
             here = _moved(table, begin, pos, PAGE)
             ahead = _moved(table, begin + BS, pos, PAGE)
             newest_slot += _moved(table, pos, pos, PAGE)
-        k, v, ks, vs = _block(k_cache, v_cache, k_scale, v_scale, here, begin, end, stride_s, D, BS, BD, S)
+        k, ks = _key_block(k_cache, k_scale, here, begin, end, stride_s, D, BS, BD, S)
+        if not PAGE:
+            v, vs = _value_block(v_cache, v_scale, 0, begin, end, stride_s, D, BS, BD, S)
         half: tl.constexpr = D // 2
         angle = pos.to(tl.int64) * half + tl.where(d < half, d, d - half)
         c = tl.load(cos + angle, mask=d < D, other=0.0)[None, :]
@@ -418,11 +431,11 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         tl.store(v_cache + place + e, v_new, mask=e < stored)
         if k_scale is not None:
             newest_scale = newest_slot * (stride_s // D) + tl.arange(0, 1)
-            here = tl.arange(0, 1) < stored
+            one = tl.arange(0, 1) < stored
             tl.store(
-                k_scale + newest_scale[None, :] + g[:, None] * 0, k_new_scale, mask=(g == 0)[:, None] & here[None, :]
+                k_scale + newest_scale[None, :] + g[:, None] * 0, k_new_scale, mask=(g == 0)[:, None] & one[None, :]
             )
-            tl.store(v_scale + newest_scale, v_new_scale, mask=here)
+            tl.store(v_scale + newest_scale, v_new_scale, mask=one)
         newest = tl.sum(q.to(tl.float32) * (k_new.to(tl.float32) * k_new_scale), 1) * scale
         newest = tl.where(last, newest, float("-inf"))
         top = newest
@@ -431,17 +444,22 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         acc = tl.zeros([ROWS, BD], tl.float32)
         if LOOP:
             for start in range(begin, end, BS):
-                # The next block is on its way while this one is used.
-                k_next, v_next, ks_next, vs_next = _block(
-                    k_cache, v_cache, k_scale, v_scale, ahead, start + BS, end, stride_s, D, BS, BD, S
-                )
+                # The next block is on its way while this one is used. In a paged cache only its keys are: programs are
+                # many there, and a processor takes three of them at a time instead of two.
                 if PAGE:
+                    v, vs = _value_block(v_cache, v_scale, here, start, end, stride_s, D, BS, BD, S)
+                k_next, ks_next = _key_block(k_cache, k_scale, ahead, start + BS, end, stride_s, D, BS, BD, S)
+                if PAGE:
+                    here = ahead
                     ahead = _moved(table, start + 2 * BS, pos, PAGE)
+                else:
+                    v_next, vs_next = _value_block(v_cache, v_scale, 0, start + BS, end, stride_s, D, BS, BD, S)
                 top, total, acc = _attend(q, k, v, ks, vs, start, first, end, scale, top, total, acc, BS, CUT)
                 k = k_next
-                v = v_next
                 ks = ks_next
-                vs = vs_next
+                if not PAGE:
+                    v = v_next
+                    vs = vs_next
         else:
             top, total, acc = _attend(q, k, v, ks, vs, begin, first, end, scale, top, total, acc, BS, CUT)
         acc += tl.exp2(newest - top)[:, None] * (v_new.to(tl.float32) * v_new_scale)[None, :]

@@ -6,6 +6,8 @@ fewer launches. One token a row takes five a layer:
     norm + q/k/v | norms, rotary embedding, cache write, attention | output projection + residual
     norm + gate/up + SiLU product | down projection + residual
 
+On Hopper several rows take two more, where the projections' parts are added up and normalized (`rows.py`).
+
 Longer inputs run the same matrices by cuBLAS and the cache's own attention, with the elementwise work between them
 fused. Over a view of a paged cache tokens of many sequences come in one row: those with one token each take the same
 launch as above, and prompts a kernel of their own. Nothing is compiled but the kernels, which Triton keeps on disk, and
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cache import StaticCache, StaticLayer
-from kernels import attention, elementwise, linear, paged, tuning
+from kernels import attention, elementwise, linear, paged, rows, tuning
 from kernels.attention import Heads, Pages
 from kernels.weight import Weight, most_rows
 from model import Block, Transformer
@@ -51,12 +53,13 @@ class Decoder:
             attend = self._paged_attention(input_pos, cache)
         else:
             attend = self._attend_one if T == 1 else self._prompt_attention(input_pos, cache)
+        stream = rows.Stream(x)
         for layer, kv in zip(self.layers, cache.layers, strict=True):
-            qkv = linear.linear(x, layer.qkv, norm=layer.attention_norm, eps=layer.eps)
-            x = linear.linear(attend(qkv, input_pos, layer.heads, kv), layer.o, residual=x)
-            h = linear.linear(x, layer.gate_up, norm=layer.ffn_norm, eps=layer.eps, glu=True)
-            x = linear.linear(h, layer.down, residual=x)
-        return x.view(B, T, -1)
+            qkv = linear.linear(stream, layer.qkv, norm=layer.attention_norm, eps=layer.eps)
+            linear.linear(attend(qkv, input_pos, layer.heads, kv), layer.o, residual=stream)
+            h = linear.linear(stream, layer.gate_up, norm=layer.ffn_norm, eps=layer.eps, glu=True)
+            linear.linear(h, layer.down, residual=stream)
+        return stream.whole().view(B, T, -1)
 
     def _attend_one(self, qkv: Tensor, input_pos: Tensor, heads: Heads, kv: StaticLayer) -> Tensor:
         scales = {"k_scale": kv.k_scale, "v_scale": kv.v_scale}

@@ -32,6 +32,7 @@ __all__ = [
     "along",
     "as_codes",
     "constexpr_function",
+    "cuda",
     "held",
     "hopper",
     "jit",
@@ -69,6 +70,11 @@ def pdl(x: Tensor) -> bool:
 def hopper(x: Tensor) -> bool:
     """Whether tensor cores are Hopper's, which take one side of a product from registers while others run."""
     return _capability(x.device)[0] == 9
+
+
+def cuda(x: Tensor) -> bool:
+    """Whether kernels may use CUDA's own instructions."""
+    return _capability(x.device) > (0, 0)
 
 
 def ptx(x: Tensor) -> bool:

@@ -7,12 +7,14 @@ number of rows M:
 
 - M = 1, float weights: `_vector_kernel`. A program holds a few whole rows of the matrix against x, in fp32 on the
   CUDA cores.
-- M = 2 to `most_rows`: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core product,
-  so that 16 rows cost what one costs.
+- M = 2 to 256, float weights of 16 bits, on Hopper: `rows.rows_linear`, where it is faster.
+- M = 2 to `most_rows`, other float weights: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core
+  product, so that 16 rows cost what one costs.
 - M = 1 to 7, packed weights: `packed.packed_kernel`.
 - M = 8 to `most_rows`, packed weights: `packed.shared_kernel`.
-- up to 512, packed weights, on Hopper: `wide.wide_linear`.
-- more: cuBLAS over dequantized weights, or a product of integers where the inputs are to be int8 too, and
+- up to 512, int4, on Hopper: `wide.wide_linear`.
+- up to 1024, int8 and fp8, on Hopper: `digits.digits_linear`; any number where the inputs are to be int8 too.
+- more: cuBLAS over dequantized weights, or torch's product of integers where the inputs are to be int8 too, and
   `elementwise` for the rest.
 
 The norm costs no launch: a program reads all of x anyway and sums its squares on the way (y = r * W (g * x) with
@@ -23,36 +25,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import elementwise, language, tuning, wide
+from kernels import digits, elementwise, language, rows, tuning, wide
 from kernels.dequantize import dequantize, dequantize_twin
 from kernels.int8 import int8_linear
 from kernels.language import held, jit, launch_options, order, store, tl, triton, wait
 from kernels.packed import packed_kernel, shared_kernel
-from kernels.weight import Weight, most_rows
+from kernels.rows import Stream
+from kernels.weight import Weight, block_of, most_rows
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Stream,
     weight: Weight,
     *,
     norm: Tensor | None = None,
     eps: float = 0.0,
     glu: bool = False,
-    residual: Tensor | None = None,
+    residual: Tensor | Stream | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y [M, N] = RMSNorm(x [M, K]; norm [K], eps) W^T + bias, then SiLU(gate) * up where `glu`, or + `residual`.
 
     With `glu` the matrix is gate over up and y is [M, N/2]. Without `norm`, x is taken as it is. `residual` [M, N]
-    is overwritten by the result and returned; it does not go with `glu`.
+    is overwritten by the result and returned; it does not go with `glu`. Where it is a stream, what is returned may
+    lack something that the stream adds.
     """
     assert not (glu and residual is not None)
+    if isinstance(x, Stream):
+        x, norm = x.normed(norm, eps)
+    plan = rows.plan_of(x, weight, glu=glu, add=residual is not None)
+    if plan is not None:
+        x = x if norm is None else elementwise.rms_norm(x, norm, eps)
+        return rows.rows_linear(x, weight, plan, glu=glu, residual=residual, out_dtype=out_dtype)
+    residual = residual.x if isinstance(residual, Stream) else residual
     options = {"norm": norm, "eps": eps, "glu": glu, "residual": residual, "out_dtype": out_dtype}
     if not language.on_gpu(x):
         return linear_twin(x, weight, **options)
     if len(x) <= most_rows(weight.format):
         return linear_kernel(x, weight, **options)
-    if weight.format != "float" and wide.suits(x, weight):
+    if digits.suits(x, weight):
+        return digits.digits_linear(x, weight, **options)
+    if wide.suits(x, weight):
         y = wide.wide_linear(x, weight, norm=norm, eps=eps, residual=residual, out_dtype=None if glu else out_dtype)
         return _finish(elementwise.silu_mul(y), None, out_dtype) if glu else y
     if norm is not None:
@@ -205,7 +218,7 @@ def launch(
         if plan.across:
             for name in ("norm", "NORM", "eps"):
                 del options[name]
-            U = plan.BK // (plan.across * wide.block_of(weight.format))
+            U = plan.BK // (plan.across * block_of(weight.format))
             shared_kernel[grid](x, words, BM=max(BM, 8), SK=plan.across, U=U, num_stages=plan.depth, **options)
         else:  # loads go to registers, a step ahead
             packed_kernel[grid](x, words, BM=BM, AHEAD=plan.depth, num_stages=1, **options)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.language import triton
+from kernels.weight import block_of
 
 
 class Plan(NamedTuple):
@@ -52,6 +53,29 @@ class WidePlan(NamedTuple):
     num_warps: int
     depth: int  # blocks under way
     splits: int  # parts that the inputs are cut into
+
+
+class DigitsPlan(NamedTuple):
+    """How a product of a matrix of int8 and many rows of digits is cut."""
+
+    BM: int  # rows of activations in a tile
+    BN: int  # outputs in a tile
+    num_warps: int
+    depth: int  # blocks under way
+    whole: int  # columns of tiles that take all inputs
+    splits: int  # parts that the inputs are cut into for the columns after these
+
+
+class RowsPlan(NamedTuple):
+    """How a product of a float matrix and many rows is cut."""
+
+    BM: int  # rows of activations in a tile
+    BN: int  # rows of the matrix in a tile
+    BK: int  # inputs in a block
+    num_warps: int
+    depth: int  # blocks under way
+    splits: int = 1  # parts that the inputs are cut into
+    ahead: int = 0  # inputs that are asked for into the L2 cache before the kernel before has ended
 
 
 TABLE = Path(__file__).with_name("tuned.json")
@@ -131,19 +155,20 @@ def rule(format: str, M: int, N: int, K: int, mode: str) -> Plan:
         return Plan(max(1, min(8192 // BK, 2) // halves), BK, 4 if BK >= 1024 else 1)
     if format != "float":
         return shared_rule(format, M, N, K) if M >= 8 else register_rule(format, K, mode)
+    if N >= 24576:
+        return Plan(64, 256, 4, 2)
     return Plan(32 if N // 32 >= 96 else 16, 128, 4, 4)
 
 
 def register_rule(format: str, K: int, mode: str) -> Plan:
     """For packed words that go to registers."""
-    inputs = 128 if format == "int4" else 64  # what a warp takes at a time
     reach = 1 << (K - 1).bit_length()
-    return Plan(8 if mode == "glu" else 16, 0, max(1, min(4 if K <= 4096 else 8, reach // inputs)), 4)
+    return Plan(8 if mode == "glu" else 16, 0, max(1, min(4 if K <= 4096 else 8, reach // block_of(format))), 4)
 
 
 def shared_rule(format: str, M: int, N: int, K: int) -> Plan:
     """For packed words that go through shared memory: of a row some hundred neighbouring bytes a step."""
-    BM, inputs = max(8, 1 << (M - 1).bit_length()), 128 if format == "int4" else 64  # in 64 bytes of a row
+    BM, inputs = max(8, 1 << (M - 1).bit_length()), block_of(format)
     if N >= 8192:
         return Plan(64, max(1, min(4, 8192 // (BM * inputs))) * inputs, 4, 3 if format == "int4" else 4, 1)
     across = min(4, 1 << (-(-K // inputs) - 1).bit_length())
@@ -179,9 +204,9 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
         return AttentionPlan(128, 128, 264, 4)
     BS = 64 if row <= 256 else 32
     if kind == "paged":
-        return AttentionPlan(BS, 256, 1056, 2 if row <= 128 else 4)
+        return AttentionPlan(BS, 128, 2048, 2 if row <= 128 else 4)
     if kind == "paged wide":
-        return AttentionPlan(BS, 512, 2048, 2 if row <= 128 else 4)
+        return AttentionPlan(BS, 256, 1056, 2) if row <= 128 else AttentionPlan(BS, 512, 2048, 4)
     return AttentionPlan(BS, 256 if kind == "wide" else BS, 264, 4)
 
 
@@ -197,8 +222,8 @@ def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
 
 
 def paged_kind(n_kv_heads: int, rows: int) -> str:
-    """Rows of a paged cache differ in length: where they are many they are cut so that a long one does not end last."""
-    return "paged wide" if rows * n_kv_heads >= 512 else "paged"
+    """Rows of a paged cache differ in length: many are cut so that no long one ends last, few to fill the GPU."""
+    return "paged wide" if rows * n_kv_heads > 64 else "paged"
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
@@ -213,12 +238,54 @@ def prompt_plan(head_dim: int, page: int, x: Tensor) -> PromptPlan:
     return PromptPlan(64, min(64, page), 4, 3)
 
 
-def wide_plan(format: str, M: int, N: int, K: int) -> WidePlan:
-    """For a packed matrix and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
+def wide_plan(M: int, N: int, K: int) -> WidePlan:
+    """For a matrix of int4 and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
     BM = 128 if M <= 128 else 256
-    if format == "int4" or M <= 128:
-        BN, num_warps, depth, programs = 128, 8, 3 if format == "int4" else 4, 132
+    tiles = triton.cdiv(N, 128) * triton.cdiv(M, BM)
+    return WidePlan(BM, 128, 8, 3, max(1, min(132 // tiles, K // 512)))
+
+
+def digits_plan(M: int, N: int, K: int, digits: int) -> DigitsPlan:
+    """For a matrix of int8 and M rows of so many digits, on a Hopper's 132 processors.
+
+    A round is as many tiles as run at once. What is left after the last whole round is cut along K if it fills another
+    one then.
+    """
+    if M <= 192 or N * K <= 1 << 25:
+        BM, num_warps, depth, programs = 64, 4, 3, 264  # two of them beside each other
     else:
-        BN, num_warps, depth, programs = 64, 4, 3, 264  # two of them beside each other
-    tiles = triton.cdiv(N, BN) * triton.cdiv(M, BM)
-    return WidePlan(BM, BN, num_warps, depth, max(1, min(programs // tiles, K // 512)))
+        BM, num_warps, depth, programs = 128, 8, 4, 132
+    BM, BN = BM * 2 // digits, 128
+    tiles, columns = triton.cdiv(M, BM), triton.cdiv(N, BN)
+    whole = tiles * columns // programs * programs // tiles
+    splits = max(1, min(programs // max(tiles * (columns - whole), 1), K // 1024))
+    return DigitsPlan(BM, BN, num_warps, depth, columns if splits == 1 else whole, splits)
+
+
+def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | None:
+    """For a float matrix of 16 bits [N, K] and M rows on Hopper; None where another way is as fast."""
+    if M > 256 or K % 64:
+        return None
+    small, head = N * K < 1 << 23, N >= 24576 and not glu
+    most = 64 if head else 256 if small else 128
+    if not (16 if head else 1) < M <= most and not (glu and N >= 24576 and M > 224):
+        return None
+    whole = K % 128 == 0  # blocks of 128 inputs
+    if M <= 64:
+        plan = RowsPlan(64, 64 if N >= 3072 else 32, 128, 4, 4)
+        if N >= 12288:
+            plan = RowsPlan(64, 128, 128, 4, 3)
+    elif small and M * N <= 128 * 4096:
+        plan = RowsPlan(64, 64, 128, 4, 4)
+    elif M <= 128:
+        plan = RowsPlan(128, 128, 128, 8, 3) if N >= 12288 else RowsPlan(128, 64, 128, 8, 4)
+    elif small:
+        plan = RowsPlan(128, 64, 128, 8, 4) if M * N <= 256 * 4096 and whole else RowsPlan(128, 128, 64, 8, 4)
+    else:
+        plan = RowsPlan(128, 256, 64, 8, 4)
+    if plan.BK == 128 and not whole:
+        plan = plan._replace(BK=64, depth=min(2 * plan.depth, 6))
+    if add:
+        tiles = triton.cdiv(M, plan.BM) * triton.cdiv(N, plan.BN)
+        plan = plan._replace(splits=max(1, min(132 // tiles, K // 256)))
+    return plan._replace(ahead=512 if small and M <= 64 else 0)

@@ -25,17 +25,36 @@ from scripts import roofline
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ModelOptions:
+    """What is measured."""
+
     checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py")
-    prompt_len: int = cli.option(32, "tokens in each prompt")
-    new_tokens: int = cli.option(256, "tokens in each answer")
-    batch: int = cli.option(1, "rows decoded together")
-    repeats: int = cli.option(5, "runs that the medians are over")
     compile: bool = cli.option(False, "as for generate.py")
     dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
     quantize: str | None = cli.option(None, "as for generate.py", choices=tuple(RECIPES))
     kv_dtype: str | None = cli.option(None, "as for generate.py", choices=tuple(KV_DTYPES))
     device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
+
+    def load(self, *, longest: int) -> tuple[Transformer, float, str | None]:
+        """The model, the seconds that it took, and its weights' recipe; ValueError if sequences are too long for it."""
+        device = hardware.pick_device(self.device)
+        check_kv_dtype(self.kv_dtype, device)
+        start = time.perf_counter()
+        source = checkpoint.open_checkpoint(self.checkpoint)
+        if longest > source.config.max_seq_len:
+            raise ValueError(f"sequences of {longest} tokens are more than the {source.config.max_seq_len} it holds")
+        dtype = hardware.DTYPES[self.dtype]
+        model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=self.quantize)
+        hardware.synchronize(device)
+        return model, time.perf_counter() - start, self.quantize or source.quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    prompt_len: int = cli.option(32, "tokens in each prompt")
+    new_tokens: int = cli.option(256, "tokens in each answer")
+    batch: int = cli.option(1, "rows decoded together")
+    repeats: int = cli.option(5, "runs that the medians are over")
     roofline: bool = cli.option(
         False, "also time each kernel of a decode step against the device's read bandwidth; needs CUDA and --compile"
     )
@@ -48,17 +67,9 @@ class Options:
 
 
 def measure(options: Options, params: SamplingParams) -> dict:
-    device = hardware.pick_device(options.device)
-    check_kv_dtype(options.kv_dtype, device)
     if options.roofline:
-        roofline.check(device, compile=options.compile)
-    start = time.perf_counter()
-    source = checkpoint.open_checkpoint(options.checkpoint)
-    dtype = hardware.DTYPES[options.dtype]
-    model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize)
-    hardware.synchronize(device)
-    load_s = time.perf_counter() - start
-    quantize = options.quantize or source.quantized
+        roofline.check(hardware.pick_device(options.device), compile=options.compile)
+    model, load_s, quantize = options.load(longest=options.prompt_len + options.new_tokens)
     return time_model(model, options, params, load_s=load_s, quantize=quantize)
 
 

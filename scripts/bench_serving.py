@@ -27,10 +27,9 @@ from typing import TYPE_CHECKING
 import checkpoint
 import cli
 import hardware
-from cache import KV_DTYPES, check_kv_dtype
-from quant.linears import RECIPES
 from sampling import SamplingParams
 from scripts import traffic
+from scripts.bench import ModelOptions
 from scripts.plots import check_plot
 from scripts.traffic import Seen
 from serving.engine import Engine, EngineOptions
@@ -43,10 +42,9 @@ log = logging.getLogger("tachyon")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ModelOptions):
     offline: bool = cli.option(False, "run the engine in this process, without HTTP")
     url: str | None = cli.option(None, "send requests to the server at this address, as http://127.0.0.1:8000")
-    checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py")
     requests: int = cli.option(256, "how many")
     concurrency: int = cli.option(0, "so many users, each with one request at a time; 0: no request waits for another")
     lengths: str | None = cli.option(
@@ -62,11 +60,6 @@ class Options:
     temperature: float = cli.option(0.6, "of all requests")
     seed: int = cli.option(0, "of lengths and prompts")
     repeats: int = cli.option(1, "runs, each with prompts of its own; the median is shown")
-    compile: bool = cli.option(False, "as for generate.py")
-    dtype: str = cli.option("bfloat16", "of weights and cache", choices=tuple(hardware.DTYPES))
-    quantize: str | None = cli.option(None, "as for generate.py", choices=tuple(RECIPES))
-    kv_dtype: str | None = cli.option(None, "as for generate.py", choices=tuple(KV_DTYPES))
-    device: str | None = cli.option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     rate: tuple[str, ...] = cli.option(
         (), "--url: requests a second, as they come by chance (default: all at once); several times for several loads"
     )
@@ -212,18 +205,7 @@ def run_and_compare(engine: Engine, options: Options, vocab_size: int, *, run: i
 def offline(options: Options, engine_options: EngineOptions) -> dict:
     from serving.runner import make_runner
 
-    device = hardware.pick_device(options.device)
-    check_kv_dtype(options.kv_dtype, device)
-    start = time.perf_counter()
-    source = checkpoint.open_checkpoint(options.checkpoint)
-    if options.longest > source.config.max_seq_len:
-        raise ValueError(
-            f"sequences of {options.longest} tokens are more than the {source.config.max_seq_len} it holds"
-        )
-    dtype = hardware.DTYPES[options.dtype]
-    model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize)
-    hardware.synchronize(device)
-    load_s = time.perf_counter() - start
+    model, load_s, quantize = options.load(longest=options.longest)
     start = time.perf_counter()
     runner: Runner = make_runner(model, engine_options, kv_dtype=options.kv_dtype, compile=options.compile)
     # All of a benchmark's requests may wait.
@@ -244,10 +226,10 @@ def offline(options: Options, engine_options: EngineOptions) -> dict:
         "compile": options.compile,
         "load_s": load_s,
         "compile_s": compile_s,
-        "peak_memory_gb": hardware.peak_memory_bytes(device) / 1e9,
-        "device": hardware.device_name(device),
+        "peak_memory_gb": hardware.peak_memory_bytes(model.norm.weight.device) / 1e9,
+        "device": hardware.device_name(model.norm.weight.device),
         "dtype": options.dtype,
-        "quantize": options.quantize or source.quantized,
+        "quantize": quantize,
         "kv_dtype": options.kv_dtype,
     }
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cli
-from scripts.traffic import SAMPLE_TEXT, Target, chunks
+from scripts.traffic import SAMPLE_TEXT, Target
 
 log = logging.getLogger("tachyon")
 
@@ -90,11 +90,10 @@ def make_body(draw: random.Random, new_tokens: int) -> tuple[str, dict]:
 
 async def stays(target: Target, draw: random.Random, options: Options, record: Record) -> int:
     path, body = make_body(draw, options.new_tokens)
-    status, reader, headers = await target.send("POST", path, body)
-    data = b"".join([chunk async for chunk in chunks(reader, headers)])
-    headers["writer"].close()
-    record.events += max(data.count(b'"finish_reason"'), 1) if status == 200 else 0
-    return status
+    reply = await target.send("POST", path, body)
+    data = await reply.body()
+    record.events += max(data.count(b'"finish_reason"'), 1) if reply.status == 200 else 0
+    return reply.status
 
 
 async def leaves(target: Target, draw: random.Random, options: Options, record: Record) -> int:
@@ -104,27 +103,26 @@ async def leaves(target: Target, draw: random.Random, options: Options, record: 
     if not done:
         sending.cancel()
         return 0
-    status, reader, headers = sending.result()
-    await reader.read(draw.choice((1, 2000)))
-    headers["writer"].transport.abort()
-    return status
+    reply = sending.result()
+    await reply.reader.read(draw.choice((1, 2000)))
+    reply.writer.transport.abort()
+    return reply.status
 
 
 async def dawdles(target: Target, draw: random.Random, options: Options, record: Record) -> int:
     """Opens a stream, reads nothing for a while, and leaves."""
     body = {"prompt": "a", "n": 3, "max_tokens": options.new_tokens, "stream": True, "ignore_eos": True}
-    status, _, headers = await target.send("POST", TEXT, body)
-    headers["writer"].transport.pause_reading()
+    reply = await target.send("POST", TEXT, body)
+    reply.writer.transport.pause_reading()
     await asyncio.sleep(draw.random() * options.patience_s)
-    headers["writer"].transport.abort()
-    return status
+    reply.writer.transport.abort()
+    return reply.status
 
 
 async def errs(target: Target, draw: random.Random, options: Options, record: Record) -> int:
-    status, reader, headers = await target.send("POST", TEXT, {"prompt": "a"} | draw.choice(WRONG))
-    json.loads(b"".join([chunk async for chunk in chunks(reader, headers)]))["error"]["message"]
-    headers["writer"].close()
-    return status
+    reply = await target.send("POST", TEXT, {"prompt": "a"} | draw.choice(WRONG))
+    json.loads(await reply.body())["error"]["message"]
+    return reply.status
 
 
 WRONG = (
@@ -151,9 +149,7 @@ async def user(target: Target, draw: random.Random, options: Options, record: Re
 
 async def figures(target: Target) -> dict[str, float]:
     """The server's gauges, by name."""
-    _, reader, headers = await target.send("GET", "/metrics")
-    text = b"".join([chunk async for chunk in chunks(reader, headers)]).decode()
-    headers["writer"].close()
+    text = (await (await target.send("GET", "/metrics")).body()).decode()
     found = re.findall(
         r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)\{.*\} (\S+)$", text, re.M
     )

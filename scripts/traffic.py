@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from scripts.plots import picture
@@ -42,8 +43,7 @@ class Target:
         lines += [f"Authorization: Bearer {self.api_key}"] if self.api_key else []
         return "\r\n".join([*lines, "", ""]).encode()
 
-    async def send(self, method: str, path: str, body: dict | None = None) -> tuple[int, asyncio.StreamReader, dict]:
-        """The status, the reader where its body begins, and its headers."""
+    async def send(self, method: str, path: str, body: dict | None = None) -> "Reply":
         parts, data = urlsplit(self.url), b"" if body is None else json.dumps(body).encode()
         secure = parts.scheme == "https"
         reader, writer = await asyncio.open_connection(
@@ -58,27 +58,39 @@ class Target:
                 name, _, value = line.decode("latin-1").partition(":")
                 headers[name.lower()] = value.strip()
             failing.pop_all()
-        headers["writer"] = writer  # whoever reads the body closes it
-        return status, reader, headers
+        return Reply(status, headers, reader, writer)
 
     async def ask(self, method: str, path: str, body: dict | None = None) -> dict:
         """A JSON answer; ValueError where it is an error."""
-        status, reader, headers = await self.send(method, path, body)
-        data = b"".join([chunk async for chunk in chunks(reader, headers)])
-        headers["writer"].close()
-        if status != 200:
-            raise ValueError(f"{self.url}{path} answers {status}: {data.decode('utf-8', 'replace')[:300]}")
+        reply = await self.send(method, path, body)
+        data = await reply.body()
+        if reply.status != 200:
+            raise ValueError(f"{self.url}{path} answers {reply.status}: {data.decode('utf-8', 'replace')[:300]}")
         return json.loads(data)
 
 
-async def chunks(reader: asyncio.StreamReader, headers: dict) -> AsyncIterator[bytes]:
-    """A body as it comes, whichever way its end is told."""
-    if headers.get("transfer-encoding") != "chunked":
-        while data := await reader.read(1 << 16):
-            yield data
-        return
-    while size := int((await reader.readline()).split(b";")[0], 16):
-        yield (await reader.readexactly(size + 2))[:-2]
+class Reply(NamedTuple):
+    """An answer of which status and headers are read. Whoever does not read its whole `body` closes it."""
+
+    status: int
+    headers: dict[str, str]
+    reader: asyncio.StreamReader  # where the body begins
+    writer: asyncio.StreamWriter
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes, whichever way its end is told."""
+        if self.headers.get("transfer-encoding") != "chunked":
+            while data := await self.reader.read(1 << 16):
+                yield data
+            return
+        while size := int((await self.reader.readline()).split(b";")[0], 16):
+            yield (await self.reader.readexactly(size + 2))[:-2]
+
+    async def body(self) -> bytes:
+        try:
+            return b"".join([chunk async for chunk in self.chunks()])
+        finally:
+            self.writer.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +159,12 @@ async def read(target: Target, ask: Ask, *, model: str, temperature: float) -> S
     body = {"model": model, "prompt": ask.prompt, "max_tokens": ask.length, "temperature": temperature}
     body |= {"seed": ask.seed, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
     seen = Seen(sent=time.perf_counter())
-    writer = None
+    reply = None
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            seen.status, reader, headers = await target.send("POST", "/v1/completions", body)
-            writer, newest, rest = headers["writer"], None, b""
-            async for chunk in chunks(reader, headers):
+            reply = await target.send("POST", "/v1/completions", body)
+            seen.status, newest, rest = reply.status, None, b""
+            async for chunk in reply.chunks():
                 *events, rest = (rest + chunk).split(b"\n\n")
                 now = time.perf_counter()
                 for event in events if seen.status == 200 else ():
@@ -171,8 +183,8 @@ async def read(target: Target, ask: Ask, *, model: str, temperature: float) -> S
     except (OSError, EOFError, TimeoutError, ValueError, IndexError):  # refused, broken off, or no HTTP
         seen.status = 0
     finally:
-        if writer is not None:
-            writer.close()
+        if reply is not None:
+            reply.writer.close()
     seen.end = time.perf_counter()
     return seen
 

@@ -25,7 +25,7 @@ import hardware
 from generate import Generator, Request
 from kernels import linear, tuning
 from kernels.tuning import Plan
-from kernels.weight import Weight
+from kernels.weight import Weight, block_of
 from model import ModelConfig, Transformer
 from quant.linears import BYTES, GROUPS, NIBBLES
 
@@ -119,7 +119,7 @@ def candidates(case: Case) -> list[Plan]:
 
 def shared_candidates(case: Case) -> list[Plan]:
     """The plans worth a try for packed words that go through shared memory."""
-    halves, inputs = 2 if case.mode == "glu" else 1, 128 if case.format == "int4" else 64
+    halves, inputs = 2 if case.mode == "glu" else 1, block_of(case.format)
     plans = []
     for across, alongside, tiles, blocks in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 4)):
         rows, BK = 16 * alongside * tiles, inputs * across * blocks

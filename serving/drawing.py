@@ -18,6 +18,11 @@ from sampling import History, SamplingBatch, SamplingParams, sample
 from serving import request
 from serving.scheduler import Work
 
+# How a token is drawn. "greedy": it is the one of the largest logit. "plain": by a temperature, which may be 0, and
+# nothing else. "logits": by whatever a request may ask for, so somebody has to see the logits. Each can do for those
+# before it.
+KINDS = ("greedy", "plain", "logits")
+
 
 @dataclass(kw_only=True, eq=False)
 class Rows:
@@ -25,8 +30,9 @@ class Rows:
 
     slots: list[int]
     index: Tensor  # int64 [n], the slots on the device
-    sampling: SamplingBatch | None = None  # None: every row takes its largest logit, as it is
-    plain: bool = False  # rows have a temperature, and nothing else
+    kind: str  # one of KINDS, which does for all of them
+    # Of kind "logits" only:
+    sampling: SamplingBatch | None = None
     bias: list[Tensor] | None = None  # rows, tokens, and what those logits gain, [any] each
     reports: Sequence[tuple[int, int]] = ()  # (row, number of alternatives) where logprobs are asked for
     report_index: Tensor | None = None  # their rows, int64
@@ -37,13 +43,23 @@ class Drawing:
 
     def __init__(self, *, slots: int, vocab_size: int, device: torch.device) -> None:
         self.slots, self.vocab_size, self.device = slots, vocab_size, device
+        self.temperature = torch.zeros(slots, device=device)
+        self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
         self.history: History | None = None  # by slot; made when the first penalized sequence joins
         self.latest: Rows | None = None
 
     def join(self, sequences: Sequence[request.Sequence]) -> None:
         """These take over their slots, with all the tokens that they know."""
-        if sequences:
-            self.latest = None
+        if not sequences:
+            return
+        self.latest = None
+        index, temperature, seed = hardware.send(
+            self.device,
+            np.array([s.slot for s in sequences], dtype=np.int64),
+            np.array([s.params.temperature for s in sequences], dtype=np.float32),
+            np.array([s.params.seed % 2**63 for s in sequences], dtype=np.int64),
+        )
+        self.temperature[index], self.seed[index] = temperature, seed
         for sequence in sequences:
             if not sequence.params.penalizes:
                 continue
@@ -60,13 +76,13 @@ class Drawing:
         return self.latest
 
     def _new_rows(self, sequences: Sequence[request.Sequence], slots: list[int]) -> Rows:
+        kind = max(map(kind_of, sequences), key=KINDS.index, default="greedy")
+        if kind != "logits":
+            (index,) = hardware.send(self.device, np.array(slots, dtype=np.int64))
+            return Rows(slots=slots, index=index, kind=kind)
         params, requests = [s.params for s in sequences], [s.request for s in sequences]
         bias = [(row, token, gain) for row, r in enumerate(requests) for token, gain in r.logit_bias.items()]
         reports = [(row, r.logprobs) for row, r in enumerate(requests) if r.logprobs is not None]
-        constrained = any(s.constraint is not None for s in sequences)
-        if not (bias or reports or constrained or any(p.penalizes or p.temperature for p in params)):
-            (index,) = hardware.send(self.device, np.array(slots, dtype=np.int64))
-            return Rows(slots=slots, index=index)
         sampling = SamplingBatch(params, vocab_size=self.vocab_size, device="cpu", history=self.history)
         index, row, token, gain, reported, *columns = hardware.send(
             self.device,
@@ -82,9 +98,8 @@ class Drawing:
         return Rows(
             slots=slots,
             index=index,
+            kind=kind,
             sampling=sampling,
-            plain=not (bias or reports or constrained)
-            and all(p == SamplingParams(temperature=p.temperature, seed=p.seed) for p in params),
             bias=[row, token, gain] if bias else None,
             reports=reports,
             report_index=reported,
@@ -95,10 +110,10 @@ class Drawing:
 
         Also what `rows.reports` ask for: the tokens' log probabilities, the highest ones and whose those are.
         """
-        if rows.sampling is None:
+        if rows.kind == "greedy":
             return logits.argmax(-1), []
-        if rows.plain:
-            return draw(logits, rows.sampling.temperature[:, 0], rows.sampling.seed[:, 0], position), []
+        if rows.kind == "plain":
+            return draw(logits, rows.index, self.temperature, self.seed, position), []
         logits = logits.float()
         logprobs = logits[rows.report_index].log_softmax(-1) if rows.reports else None  # as the model has them
         if rows.bias is not None:
@@ -127,3 +142,13 @@ class Drawing:
         forbidden = torch.ones(len(masks), self.vocab_size, dtype=torch.bool, device=self.device)
         forbidden[:, : allowed.shape[1]] = ~allowed  # a grammar may know fewer tokens than the head has rows
         logits[index] = logits[index].masked_fill(forbidden, -math.inf)
+
+
+def kind_of(sequence: request.Sequence) -> str:
+    """The first of KINDS that does for a sequence."""
+    params, wanted = sequence.params, sequence.request
+    if wanted.logit_bias or wanted.logprobs is not None or sequence.constraint is not None or params.penalizes:
+        return "logits"
+    if params.temperature == 0.0:
+        return "greedy"
+    return "plain" if params == SamplingParams(temperature=params.temperature, seed=params.seed) else "logits"

@@ -1,18 +1,20 @@
 """Runs the scheduler's steps on the device and fetches the tokens that they draw.
 
 What a sequence's next step needs stays on the device, in tables by slot: its newest token, where that goes, its
-blocks. A step sends what it changes there in one small copy. One that only decodes sends nothing else: on CUDA it is
-a graph over the tables, of which there is one for each of some batch sizes; so is one with prompts, if those are short.
+blocks, its temperature. A step sends what it changes there in one small copy. One that only decodes sends nothing else:
+on CUDA it is a graph over the tables, of which there is one for each of some batch sizes, and draws its tokens too, if
+nobody asks for more than a temperature. One with prompts is a graph up to its logits, if those prompts are short.
 Nothing here waits for the device but `Ticket.wait`, for its own step. Who a row belongs to and when it ends is the
 scheduler's.
 """
 
+import bisect
 import functools
 import gc
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,11 +23,12 @@ from torch import Tensor
 import hardware
 from cache import check_kv_dtype, new_storage
 from compiling import compile_model, has_kernels
+from kernels.draw import draw
 from model import Transformer
 from paged import PagedBatch, PagedCache
 from quant.linears import settle_model
 from sampling import SamplingBatch, SamplingParams, sample
-from serving.drawing import Drawing, Rows
+from serving.drawing import KINDS, Drawing, Rows
 from serving.request import TokenLogprobs
 from serving.scheduler import Step
 
@@ -33,10 +36,10 @@ if TYPE_CHECKING:
     from kernels.decoder import Decoder
     from serving.engine import EngineOptions
 
-T = TypeVar("T")
-
 # What mixed steps are padded to, to be graphs: tokens of prompts, and prompts, of which one pads.
 MIXED_TOKENS, MIXED_PROMPTS = (32, 128, 256, 512, 1024, 2048), 8
+# The same for what decodes beside them: graphs of the first two are made at the start, others when there are so many.
+MIXED_DECODES = (0, 8, 32, 128)
 FUSED_ROWS = 16  # up to so many greedy rows, the head's kernel finds the largest logits and writes none
 
 
@@ -99,11 +102,14 @@ class Runner:
         self.sizes = torch.arange(max_running + 1, dtype=torch.int32, device=self.device)
         self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
         self.captures = self.kernels and self.overlaps
-        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor | None, Tensor | None]] = {}
+        self.buckets = buckets(max_running)
+        self.graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
-        # Of steps that are mixed, by their size.
-        self.mixed_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.mixed_inputs: dict[tuple[int, int], list[Tensor]] = {}
+        # Of steps that are mixed, by their size, with what they read.
+        self.mixed_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor]]] = {}
+        self.mixed_decodes = [*(n for n in MIXED_DECODES if n < max_running), max_running]
+        steps = zip(MIXED_TOKENS, (0, *MIXED_TOKENS), strict=False)
+        self.mixed_tokens = [n for n, less in steps if n <= self.max_seq_len and less < max_step_tokens]
 
     @torch.no_grad()
     def launch(self, step: Step) -> Ticket:
@@ -112,19 +118,18 @@ class Runner:
             torch.cuda.set_device(self.device)  # of this thread
         self._move_blocks(step)
         if step.table:
-            slot, index, block = hardware.send(self.device, *np.array(step.table).T)
-            self.tables[slot, index] = block.int()
+            slots, indices, blocks = np.array(step.table).T
+            slot, index, block = hardware.send(self.device, slots, indices, blocks.astype(np.int32))
+            self.tables[slot, index] = block
         self.drawing.join(step.joined)
-        works = [work for work in itertools.chain(step.decodes, step.prefills) if work.samples]
+        works = step.decodes + [work for work in step.prefills if work.samples]
         rows = self.drawing.rows_of(works)
-        if step.prefills:
-            tokens, logits = None, self._mixed(step, rows)
-        else:
-            tokens, logits = self._decode(rows)
-        reports: list[Tensor] = []
-        if tokens is None:
-            tokens, reports = self.drawing.draw(rows, works, logits, self.position[rows.index])
-            self.newest[rows.index] = tokens
+        if not step.prefills and rows.kind != "logits":
+            return Ticket(rows, self._decode(rows)[: len(works)], [])
+        x = self._mixed(step) if step.prefills else self._decode(rows)
+        logits = self._logits(x)[: len(works)]  # in no graph, each of which would keep memory for its own
+        tokens, reports = self.drawing.draw(rows, works, logits, self.position[rows.index])
+        self.newest[rows.index] = tokens
         return Ticket(rows, tokens, reports)
 
     def _move_blocks(self, step: Step) -> None:
@@ -142,45 +147,39 @@ class Runner:
         if step.copies:
             self.cache.copy(*hardware.send(self.device, *np.array(step.copies).T))
 
-    def _mixed(self, step: Step, rows: Rows) -> Tensor:
-        """One forward over decodes and prefills: logits [n, V] of those that sample.
+    def _mixed(self, step: Step) -> Tensor:
+        """One forward over decodes and prefills: the last layer's output [1, n, C] for those that sample, and padding.
 
         On the device a step of few tokens takes less time than its launches take on the host. Padded to one of a few
-        sizes it is a graph too: the first step of a size runs as it is, the second is captured.
+        sizes it is a graph too, made when the size is first needed.
         """
         size = self._mixed_size(step)
         inputs = hardware.send(self.device, *lay_out(step, self.null_row, size))
         if size is None:
             x = self._mixed_step(*inputs, len(step.decodes), max(work.count for work in step.prefills))
-        elif size not in self.mixed_inputs:
-            self.mixed_inputs[size] = inputs
-            x = self._mixed_step(*inputs, *size)
         else:
-            for static, new in zip(self.mixed_inputs[size], inputs, strict=True):
-                static.copy_(new)
             if size not in self.mixed_graphs:
-                run = functools.partial(self._mixed_step, *self.mixed_inputs[size], *size)
-                self.mixed_graphs[size] = self._capture(run)
-            graph, x = self.mixed_graphs[size]
+                self.prepare_mixed(size)
+            graph, x, there = self.mixed_graphs[size]
+            for static, new in zip(there, inputs, strict=True):
+                static.copy_(new)
             graph.replay()
-        return self._logits(x[:, : len(rows.slots)])  # in no graph, each of which would keep memory for its own
+        return x
 
-    def _capture(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """A graph of what `run` enqueues, which does not run yet, and where its results will be."""
+    def _capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of what `run` enqueues, which does not run yet, and where its result will be."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.graph_pool):
-            results = run()
-        return graph, results
+            result = run()
+        return graph, result
 
     def _mixed_size(self, step: Step) -> tuple[int, int] | None:
         """To how many decodes and tokens of prompts to pad a step for a graph; None if it is run as it is."""
         if not self.captures or len(step.prefills) >= MIXED_PROMPTS:
             return None
         decodes, tokens = len(step.decodes), sum(work.count for work in step.prefills)
-        size = next((n for n in MIXED_TOKENS if tokens <= n <= self.max_seq_len), None)
-        if size is None:
-            return None
-        return min(n for n in (0, 8, 32, 128, self.max_running) if decodes <= n <= self.max_running), size
+        size = next((n for n in self.mixed_tokens if n >= tokens), None)
+        return None if size is None else (next(n for n in self.mixed_decodes if n >= decodes), size)
 
     def _mixed_step(
         self, tokens: Tensor, at: Tensor, last: Tensor, drawn: Tensor, slots: Tensor, starts: Tensor, D: int, most: int
@@ -192,21 +191,24 @@ class Runner:
         self.position[self.null_row :].zero_()
         return x[:, last]
 
-    def _decode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """A step of running sequences: the tokens [n] of their largest logits if all are greedy, else logits [n, V]."""
+    def _decode(self, rows: Rows) -> Tensor:
+        """A step of running sequences, and padding: what `_step` gives for them."""
         n = len(rows.slots)
-        size = n if not self.graphs else next(size for size in buckets(self.max_running) if size >= n)
+        size = self.buckets[bisect.bisect_left(self.buckets, n)] if self.graphs else n
         if rows is not self.decoded:
             self._show(rows.index)
             self.decoded = rows
-        greedy = rows.sampling is None
-        if (size, greedy) in self.graphs:
-            graph, *results = self.graphs[size, greedy]
+        kind = rows.kind if rows.kind in self._kinds(size) else "plain"
+        if (size, kind) in self.graphs:
+            graph, result = self.graphs[size, kind]
             graph.replay()
         else:
-            results = self._step(size, greedy)
-        tokens, logits = (None if x is None else x[:n] for x in results)
-        return tokens, logits
+            result = self._step(size, kind)
+        return result
+
+    def _kinds(self, size: int) -> tuple[str, ...]:
+        """Those of KINDS that steps of a size are of: where logits are written, drawing takes greedy rows along."""
+        return KINDS[1:] if self.kernels and size > FUSED_ROWS else KINDS
 
     def _show(self, index: Tensor) -> None:
         """Let decode steps run these slots, and the null row, from its beginning, in the place of those missing."""
@@ -214,25 +216,25 @@ class Runner:
         self.decoding_int32.copy_(self.decoding)
         self.state[:, self.null_row :].zero_()
 
-    def _step(self, size: int, greedy: bool) -> tuple[Tensor | None, Tensor | None]:
-        """A step of the first `size` slots in `decoding`: tokens [size] if all are greedy, else logits [size, V].
+    def _step(self, size: int, kind: str) -> Tensor:
+        """A step of the first `size` slots in `decoding`, of one of KINDS: tokens [size], or what `_logits` takes.
 
-        It reads and writes tables alone, so a graph can hold it. Who is not greedy is given its newest token later.
+        It reads and writes tables alone, so a graph can hold it. Who is drawn from logits is given its token later.
         """
         index, slots = self.decoding[:size], self.decoding_int32[:size]
         state = self.state[:, index]
         tokens, at = state
         x = self._hidden(tokens, at, slots, size, self.sizes[size:][:1], 0)
-        logits = None
-        if greedy and self.kernels and size <= FUSED_ROWS:
+        if kind == "greedy" and self.kernels:
             self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
         else:
-            logits = self._logits(x)
-            if greedy:
-                torch.argmax(logits, -1, out=tokens)
             at += 1
+            if kind == "greedy":
+                torch.argmax(self._logits(x), -1, out=tokens)
+            elif kind == "plain":
+                draw(self._logits(x), index, self.drawing.temperature, self.drawing.seed, at, out=tokens)
         self.state[:, index] = state
-        return (tokens, None) if greedy else (None, logits)
+        return x if kind == "logits" else tokens
 
     def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
         view = self.cache.view(PagedBatch(self.tables, slots, decodes, starts, longest))
@@ -257,16 +259,31 @@ class Runner:
         params = [SamplingParams(temperature=1.0, top_p=0.9)] * self.max_running
         sample(logits, SamplingBatch(params, vocab_size=self.vocab_size, device=self.device), self.newest[:-1])
 
+    def warm_up(self) -> None:
+        """Do now what the first requests would else have to wait for. The largest go first: others fit their memory."""
+        for size in reversed(self.buckets if self.captures else [1, min(2, self.max_running)]):
+            self.prepare(size)
+        if self.captures:
+            for size in itertools.product(self.mixed_decodes[:2], reversed(self.mixed_tokens)):
+                self.prepare_mixed(size)
+
     @torch.no_grad()
     def prepare(self, size: int) -> None:
         """Compile what decode steps of a size need, and capture them on CUDA."""
         self._show(self.decoding[:0])
         self.decoded = None
-        for greedy in (True, False):
-            self._step(size, greedy)
+        for kind in self._kinds(size):
+            self._step(size, kind)
             if self.captures:
-                graph, results = self._capture(functools.partial(self._step, size, greedy))
-                self.graphs[size, greedy] = graph, *results
+                self.graphs[size, kind] = self._capture(functools.partial(self._step, size, kind))
+
+    @torch.no_grad()
+    def prepare_mixed(self, size: tuple[int, int]) -> None:
+        """The same for steps with prompts, of one of the sizes that `_mixed_size` gives."""
+        inputs = hardware.send(self.device, *lay_out(Step(), self.null_row, size))
+        run = functools.partial(self._mixed_step, *inputs, *size)
+        run()
+        self.mixed_graphs[size] = *self._capture(run), inputs
 
 
 def lay_out(step: Step, null_row: int, size: tuple[int, int] | None = None) -> list[np.ndarray]:
@@ -376,9 +393,7 @@ def make_runner(
     if device.type == "cuda":
         runner.run_largest()  # so that no request meets what that compiles, or a lack of memory
     if compile:
-        several = buckets(options.max_running) if device.type == "cuda" else [1, min(2, options.max_running)]
-        for size in reversed(several):
-            runner.prepare(size)
+        runner.warm_up()
     hardware.synchronize(device)
     return runner
 
@@ -393,13 +408,18 @@ def limit_library_caches() -> None:
 
 
 def free_memory(device: torch.device, share: float, trial: Callable[[], Runner]) -> float:
-    """Bytes that a cache may take of a share of a GPU: what is left when a `trial` has run its largest steps."""
+    """Bytes that a cache may take of a share of a GPU: what is left when a `trial` has run its largest steps.
+
+    Graphs share the memory of what they compute on the way, so those of the largest steps stand for all.
+    """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     runner = trial()
     runner.run_largest()
-    if runner.kernels:
+    if runner.captures:
         runner.prepare(runner.max_running)
+        for tokens in runner.mixed_tokens[-1:]:
+            runner.prepare_mixed((runner.max_running, tokens))
     used = free - torch.cuda.mem_get_info(device)[0] - runner.cache.nbytes
     del runner
     gc.collect()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.traffic import Target, chunks
+from scripts.traffic import Target
 from serving.api import ServerOptions, Service
 from serving.engine import Engine, EngineOptions
 from tests.fake_engine import Live, request_bytes
@@ -76,24 +76,22 @@ def text_of(tokenizer: Tokenizer, prompt: list[int], length: int) -> str:
 async def ask(live: Live, prompt: list[int], length: int, *, leave_after: int = 0, **fields) -> tuple[int, str, dict]:
     """Status, text and the end of an answer; whoever leaves does so after some bytes of it."""
     body = {"prompt": prompt, "max_tokens": length, "temperature": 0, "seed": 0, "stream": True, **fields}
-    status, reader, headers = await Target(url=live.url).send("POST", "/v1/completions", body)
-    data = b""
+    reply = await Target(url=live.url).send("POST", "/v1/completions", body)
     try:
         if leave_after:
-            await reader.readexactly(leave_after)
-            headers["writer"].transport.abort()
+            await reply.reader.readexactly(leave_after)
+            reply.writer.transport.abort()
             return 0, "", {}
-        async for chunk in chunks(reader, headers):
-            data += chunk
+        data = await reply.body()
     finally:
-        headers["writer"].close()
-    if status != 200:
-        return status, "", {"retry_after": headers.get("retry-after"), **json.loads(data)}
+        reply.writer.close()
+    if reply.status != 200:
+        return reply.status, "", {"retry_after": reply.headers.get("retry-after"), **json.loads(data)}
     *events, done, rest = data.decode().split("\n\n")
     assert done == "data: [DONE]" and rest == ""
     events = [json.loads(event.removeprefix("data: ")) for event in events]
     text = "".join(choice["text"] for event in events for choice in event.get("choices", ()))
-    return status, text, events[-1]
+    return reply.status, text, events[-1]
 
 
 def together(*asks) -> list:

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from cache import KV_DTYPES
-from kernels import attention, codes, dequantize, language, linear, probe, tuning, wide
+from kernels import attention, codes, dequantize, language, linear, probe, tuning
 from kernels.attention import Heads, Scratch
 from kernels.decoder import Decoder, matrices
 from kernels.linear import NOTHING
 from kernels.tuning import AttentionPlan, Plan
-from kernels.weight import Weight
+from kernels.weight import Weight, block_of
 from model import Linear, Transformer
 from quant.linears import RECIPES, Fp8Linear, Int4Linear, Int8Linear
 from tests.conftest import TINY, new_cache, tiny_model
@@ -103,7 +103,7 @@ def test_a_packed_matrix_through_shared_memory(format: str, mode: str, plan: str
     want = linear.linear_twin(x, weight, glu=mode == "glu", residual=residual if mode == "add" else None)
     if mode == "argmax":
         out = torch.full((M,), NOTHING, dtype=torch.int64, device=DEVICE)
-    plan = plan._replace(BK=blocks * wide.block_of(weight.format))
+    plan = plan._replace(BK=blocks * block_of(weight.format))
     linear.launch(x, weight, out, norm=None, eps=0.0, mode=mode, plan=plan)
     if mode == "argmax":
         assert torch.equal(0xFFFFFFFF - (out & 0xFFFFFFFF), want.argmax(-1))
@@ -141,7 +141,7 @@ def test_the_rule_cuts_packed_matrices_into_whole_tiles_that_a_hopper_has_room_f
         plan = tuning.rule(format, M, N, K, mode)
         least = (8 if mode == "glu" else 16) * plan.num_warps // plan.across  # outputs of all warps' tiles
         assert plan.BN % least == 0
-        assert plan.BK % (plan.across * (128 if format == "int4" else 64)) == 0
+        assert plan.BK % (plan.across * block_of(format)) == 0
         assert 2 * tuning.step_bytes(plan, format, M, mode) <= 232448
 
 

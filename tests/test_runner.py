@@ -83,12 +83,13 @@ SAMPLED = {"temperature": 1.1, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repeti
 
 
 def crowd() -> list[Request]:
-    """33 requests: short and long prompts, shared beginnings, greedy and sampled, several samples."""
+    """33 requests: short and long prompts, shared beginnings, greedy, by temperature, by all else, several samples."""
     shared = prompt_of(21, 99)
     requests = []
     for i in range(33):
         prompt = shared[: 9 + i] + prompt_of(i, i) if i % 3 == 0 else prompt_of(1 + 2 * i, i)
-        kind = SAMPLED | {"seed": 7 * i, "presence_penalty": 0.3} if i % 4 == 1 else {}
+        kind = SAMPLED | {"presence_penalty": 0.3} if i % 4 == 1 else {"temperature": 0.9} if i % 4 == 3 else {}
+        kind |= {"seed": 7 * i}
         requests.append(ask(str(i), prompt, max_new_tokens=5 + i % 17, n=2 if i % 8 == 5 else 1, **kind))
     return requests
 
@@ -124,16 +125,13 @@ def test_a_request_gets_in_a_crowd_what_it_gets_alone(switches: str, sizes: dict
 
 
 class Replayed:
-    """Stands for a CUDA graph: runs its step again, with the results in the memory of the first time."""
+    """Stands for a CUDA graph: runs its step again, with the result in the memory of the first time."""
 
     def __init__(self, run: Callable) -> None:
-        self.run, self.results = run, run()
+        self.run, self.result = run, run()
 
     def replay(self) -> None:
-        both = ((x,) if isinstance(x, torch.Tensor) else x for x in (self.results, self.run()))
-        for old, new in zip(*both, strict=True):
-            if old is not None:
-                old.copy_(new)
+        self.result.copy_(self.run())
 
 
 @pytest.fixture
@@ -141,9 +139,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
     """Lets runners capture graphs that are none; the graphs."""
     graphs = []
 
-    def capture(runner: Runner, run: Callable) -> tuple[Replayed, object]:
+    def capture(runner: Runner, run: Callable) -> tuple[Replayed, torch.Tensor]:
         graphs.append(Replayed(run))
-        return graphs[-1], graphs[-1].results
+        return graphs[-1], graphs[-1].result
 
     monkeypatch.setattr(Runner, "_capture", capture)
     return graphs
@@ -159,17 +157,34 @@ def test_graphs_of_the_kernels_steps_give_the_same(
     runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61, **sizes)
     runner.captures = True
     runner.run_largest()
-    for size in buckets(18):
-        runner.prepare(size)
-    monkeypatch.setattr(runner, "_step", lambda size, greedy: pytest.fail("ran without its graph"))
+    runner.warm_up()
+    monkeypatch.setattr(runner, "_step", lambda size, kind: pytest.fail("ran without its graph"))
     expected = crowd_alone(switches)
     assert serve(runner, *crowd()).tokens == expected  # in steps of all sizes, in which some are sampled
-    prepared = 2 * len(buckets(18))
-    assert len(captured) == prepared + len(runner.mixed_graphs) > prepared + 1
+    assert len(captured) == len(runner.graphs) + len(runner.mixed_graphs)
     greedy = [r for r in crowd() if r.params.temperature == 0.0]
-    for company in (greedy[:1], greedy[:5]):
+    plain = [r for r in crowd() if r.params.temperature == 0.9]
+    for company in (greedy[:1], greedy[:5], plain[:1], plain[:5], greedy[:12] + plain, greedy):
         served = serve(runner, *company)
-        assert served.tokens == {(r.id, 0): expected[r.id, 0] for r in company}
+        assert served.tokens == {(r.id, i): expected[r.id, i] for r in company for i in range(r.n)}
+
+
+def test_first_requests_find_their_graphs_made(captured: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    decoder = Decoder(model, max_seq_len=TINY.max_seq_len, batch_size=18)
+    runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61)
+    runner.captures = True
+    runner.warm_up()
+    made = len(captured)
+    requests = [ask("short", prompt_of(5)), ask("long", prompt_of(100)), ask("drawn", prompt_of(9), temperature=0.9)]
+    for request in requests:
+        request.max_new_tokens = 9
+        assert serve(runner, request).tokens[request.id, 0] == alone(model, request)
+    serve(runner, *requests)
+    assert len(captured) == made
+    assert set(runner.mixed_graphs) == {(decodes, tokens) for decodes in (0, 8) for tokens in (32, 128)}
+    serve(runner, *(ask(str(i), prompt_of(9, i), max_new_tokens=30 - i) for i in range(18)))  # while more than 8 decode
+    assert {decodes for decodes, _ in runner.mixed_graphs} == {0, 8, 18}
 
 
 def test_many_or_long_prompts_are_run_as_they_are(captured: list[Replayed]) -> None:
@@ -329,13 +344,13 @@ def test_a_graph_of_a_larger_size_computes_the_same(model: Transformer) -> None:
     runner = new_runner(model, max_running=6)
     requests = [ask(str(i), prompt_of(5 + i, i), max_new_tokens=20) for i in range(3)]
     step = runner._step
-    runner._step = lambda size, greedy: step(6, greedy)
+    runner._step = lambda size, kind: step(6, kind)
     served = serve(runner, *requests)
     for request in requests:
         assert served.tokens[request.id, 0] == alone(model, request)
     assert 0 < runner.position[runner.null_row] < 20
     runner.prepare(6)
-    assert runner.position[runner.null_row] == 2  # a step each of two kinds
+    assert runner.position[runner.null_row] == 3  # a step each of three kinds
 
 
 def test_a_runner_takes_the_memory_it_is_given(model: Transformer) -> None:

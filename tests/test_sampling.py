@@ -307,6 +307,20 @@ def test_uniform_does_not_repeat_along_seed_position_or_column():
     assert torch.equal(by_seed[0], by_position[0])
 
 
+def test_neighbours_in_uniform_are_independent():
+    n, width, k = 128, 2048, 16
+    counting, some = torch.arange(n)[:, None], torch.full((n, 1), 12345)
+    for x in (uniform(counting, some, width), uniform(some, counting, width)):
+        bins = (x * k).long()
+        for a, b in ((bins[:, 1:], bins[:, :-1]), (bins[1:], bins[:-1]), (bins[:, 64:], bins[:, :-64])):
+            counts = torch.bincount((a * k + b).flatten(), minlength=k * k).float()
+            expected = counts.sum() / k**2
+            assert ((counts - expected).square() / expected).sum() < k**2 + 4 * math.sqrt(2 * k**2)
+        best = x.unflatten(1, (-1, 64)).argmax(-1)  # the token of equal logits
+        counts, expected = torch.bincount(best.flatten(), minlength=64).float(), best.numel() / 64
+        assert ((counts - expected).square() / expected).sum() < 63 + 4 * math.sqrt(2 * 63)
+
+
 def test_uniform_of_a_column_does_not_depend_on_how_many_there_are():
     seed, at = torch.tensor([[5]]), torch.tensor([[11]])
     assert torch.equal(uniform(seed, at, 100_000)[:, :50], uniform(seed, at, 50))
