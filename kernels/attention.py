@@ -362,8 +362,7 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
 
     S is the number of warps, BS how many slots are taken at a time, in a LOOP where a split has more; BG and BD are G
     and D rounded up. A split has SHORTEST slots at least. In a paged cache blocks have PAGE slots, a multiple of BS,
-    stride_b is that of the tables, SPLITS is 0, so that batches of all sizes run the same code, and rows of less than
-    two times SHORTEST are not cut.
+    stride_b is that of the tables, and SPLITS is 0, so that batches of all sizes run the same code.
     """
     # Position and older keys and values were there before this step began: they need no wait. The embedding is what
     # keeps it so, being launched only after all of the step before.
@@ -381,8 +380,9 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
     length = pos - origin + 1  # the newest included
     splits = SPLITS if SPLITS > 0 else tl.num_programs(0)
     share = tl.maximum(tl.cdiv(tl.cdiv(length, splits), BS) * BS, SHORTEST)
-    if PAGE:  # two parts and their combination take longer than one of twice as many slots
-        share = tl.where(length < 2 * SHORTEST, 2 * SHORTEST, share)
+    if PAGE:  # up to so many slots, parts and their combination would take longer
+        WHOLE: tl.constexpr = min(2 * SHORTEST, 256)
+        share = tl.where(length <= WHOLE, WHOLE, share)
     n_splits = tl.cdiv(length, share)
     if split < n_splits:
         dtype: tl.constexpr = qkv.dtype.element_ty

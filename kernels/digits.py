@@ -32,7 +32,7 @@ class Digits(NamedTuple):
     """Activations x [M, K] = scale * (256 * high + low), or of e4m3 scale * (high + low)."""
 
     codes: Tensor  # [M and more, 2, K] (high, low), or [.., 1, K], int8 or e4m3, in the order of a packed row
-    scale: Tensor  # fp32 [M + 1]; the last is 1
+    scale: Tensor  # fp32 [M and more]; the last is 1, at an address that cuBLAS takes a scale from
 
 
 def suits(x: Tensor, weight: Weight) -> bool:
@@ -53,6 +53,7 @@ def split(x: Tensor, weight: Weight, *, norm: Tensor | None = None, eps: float =
         x,
         norm,
         *digits,
+        len(digits.codes),
         eps,
         K=K,
         D=D,
@@ -70,7 +71,7 @@ def _empty(x: Tensor, weight: Weight) -> Digits:
     dtype = torch.float8_e4m3fn if weight.format == "fp8" else torch.int8
     rows = triton.cdiv(M, TALLEST) * TALLEST  # whole tiles: where copies passed the end, 80 rows took longer than 128
     codes = torch.empty(rows, 1 if weight.int8_inputs else 2, K, dtype=dtype, device=x.device)
-    return Digits(codes, torch.empty(M + 1, dtype=torch.float32, device=x.device))
+    return Digits(codes, torch.empty(rows + 1, dtype=torch.float32, device=x.device))
 
 
 def split_twin(x: Tensor, weight: Weight, *, norm: Tensor | None = None, eps: float = 0.0) -> Digits:
@@ -91,7 +92,7 @@ def split_twin(x: Tensor, weight: Weight, *, norm: Tensor | None = None, eps: fl
     for i, digit in enumerate(both):
         # Byte p of half-word j is k = 8 p + j of 16.
         digits.codes[: len(x), i] = digit.unflatten(1, (-1, 2, 8)).transpose(2, 3).flatten(1).to(digits.codes.dtype)
-    digits.scale[:] = torch.cat((scale[:, 0], torch.ones(1, device=x.device)))
+    digits.scale[: len(x)], digits.scale[-1] = scale[:, 0], 1.0
     return digits
 
 
@@ -163,7 +164,7 @@ def _multiply(digits: Digits, weight: Weight, out: Tensor, add: bool, plan: tuni
 
 
 @jit
-def _split_kernel(x, norm, codes, scale, eps, K: tl.constexpr, D: tl.constexpr, FLOAT: tl.constexpr,
+def _split_kernel(x, norm, codes, scale, last, eps, K: tl.constexpr, D: tl.constexpr, FLOAT: tl.constexpr,
                   BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One row's D digits, of e4m3 if FLOAT."""
     row = tl.program_id(0).to(tl.int64)
@@ -198,7 +199,7 @@ def _split_kernel(x, norm, codes, scale, eps, K: tl.constexpr, D: tl.constexpr, 
             tl.store(at + K, _arrange(steps - (high << 8), BLOCK).to(tl.int8), mask=live)
     tl.store(scale + row, s)
     if row == 0:
-        tl.store(scale + tl.num_programs(0), 1.0)
+        tl.store(scale + last, 1.0)
 
 
 @jit
