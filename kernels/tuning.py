@@ -133,7 +133,7 @@ def rule(format: str, M: int, N: int, K: int, mode: str) -> Plan:
     if format != "float":
         inputs = 128 if format == "int4" else 64  # what a warp takes at a time
         return Plan(8 if mode == "glu" else 16, 0, max(1, min(4 if K <= 4096 else 8, reach // inputs)), 4)
-    if N >= 24576:
+    if N >= 24576 and K >= 1024:
         return Plan(64, 256, 4, 2)
     return Plan(32 if N // 32 >= 96 else 16, 128, 4, 4)
 
@@ -237,5 +237,6 @@ def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | Non
         plan = plan._replace(BK=64, depth=min(2 * plan.depth, 6))
     if add:
         tiles = triton.cdiv(M, plan.BM) * triton.cdiv(N, plan.BN)
-        plan = plan._replace(splits=max(1, min(132 // tiles, K // 256)))
+        blocks = K // plan.BK
+        plan = plan._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, max(1, min(132 // tiles, K // 256)))))
     return plan._replace(ahead=512 if small and M <= 64 else 0)
