@@ -35,7 +35,7 @@ from quant.linears import GROUPS, PIECE, Codes, QuantizedLinear, Recipe, Storage
 from quant.recipes import read_rules, storages, with_rules
 from quant.resume import WorkFolder, fingerprint
 
-METHODS_VERSION = 2  # to be raised where a method chooses other codes: no run goes on from layers of another
+METHODS_VERSION = 3  # to be raised where a method chooses or stores other codes: no run goes on from layers of another
 
 
 class Report:

@@ -23,7 +23,7 @@ def dequantize_twin(weight: Weight, dtype: torch.dtype) -> Tensor:
     shifts = torch.arange(0, 16, bits, dtype=torch.int16, device=halves.device)
     codes = ((halves >> shifts[:, None]) & ((1 << bits) - 1)).reshape(N, -1)[:, :K]  # from [N, block, p, half-word]
     if weight.format == "int8":
-        return ((codes - 128).float() * weight.scale[:, None]).to(dtype)
+        return (codes.to(torch.int8).float() * weight.scale[:, None]).to(dtype)
     if weight.format == "fp8":
         return (codes.to(torch.uint8).view(torch.float8_e4m3fn).float() * weight.scale[:, None]).to(dtype)
     zero = 8.0 if weight.zero is None else weight.zero.float()[:, :, None]
@@ -56,14 +56,14 @@ def _ptx(*lines: str) -> str:
     return "{ .reg .b32 a, b, c; " + " ".join(lines) + " }"
 
 
-# 0x4300 is 128 in bf16, and the last bit of its mantissa is worth 1. Table 0xEA is (x & y) | z, 0xAE is (~x & y) | z.
+# 0x4300 is 128 in bf16, and the last bit of its mantissa is worth 1. Table 0xEA is (x & y) | z.
 PTX_CODE = {
     "int4": [_ptx(f"shr.u32 a, $1, {4 * p};", "lop3.b32 $0, a, 0x000F000F, 0x43004300, 0xEA;") for p in range(4)],
     "int8": [
         _ptx(
             f"shr.u32 a, $1, {8 * p};",
             "lop3.b32 b, a, 0x007F007F, 0x43004300, 0xEA;",  # 128 + the low seven bits
-            "lop3.b32 c, a, 0x00800080, 0xC300C300, 0xAE;",  # -128 with the eighth bit, -256 without
+            "lop3.b32 c, a, 0x00800080, 0xC300C300, 0xEA;",  # -256 with the eighth bit, -128 without
             "mov.b32 a, 0x3F803F80;",  # b * 1 + c: not every GPU adds bf16
             "fma.rn.bf16x2 $0, b, a, c;",
         )
@@ -109,7 +109,7 @@ def _code(halves, p: tl.constexpr, FORMAT: tl.constexpr):
         return ((halves >> (4 * p)) & 0xF).to(tl.float32)
     u = (halves.to(tl.int32) >> (8 * p)) & 0xFF
     if FORMAT == "int8":
-        return (u - 128).to(tl.float32)
+        return ((u ^ 0x80) - 128).to(tl.float32)
     # Sign, exponent and mantissa where fp32 has them, subnormals included; the exponents' biases differ by 120.
     bits = ((u & 0x80) << 24) | ((u & 0x7F) << 20)
     return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36

@@ -11,8 +11,9 @@ number of rows M:
 - M = 2 to `most_rows`, other float weights: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core
   product, so that 16 rows cost what one costs.
 - M = 1 to `most_rows`, packed weights: `packed.packed_kernel`.
-- up to 512, packed weights, on Hopper: `wide.wide_linear`.
-- more: cuBLAS over dequantized weights, or a product of integers where the inputs are to be int8 too, and
+- up to 512, int4, on Hopper: `wide.wide_linear`.
+- up to 1024, int8 and fp8, on Hopper: `digits.digits_linear`; any number where the inputs are to be int8 too.
+- more: cuBLAS over dequantized weights, or torch's product of integers where the inputs are to be int8 too, and
   `elementwise` for the rest.
 
 The norm costs no launch: a program reads all of x anyway and sums its squares on the way (y = r * W (g * x) with
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import elementwise, language, rows, tuning, wide
+from kernels import digits, elementwise, language, rows, tuning, wide
 from kernels.dequantize import dequantize, dequantize_twin
 from kernels.int8 import int8_linear
 from kernels.language import held, jit, launch_options, order, store, tl, triton, wait
@@ -61,7 +62,9 @@ def linear(
         return linear_twin(x, weight, **options)
     if len(x) <= most_rows(weight.format):
         return linear_kernel(x, weight, **options)
-    if weight.format != "float" and wide.suits(x, weight):
+    if digits.suits(x, weight):
+        return digits.digits_linear(x, weight, **options)
+    if wide.suits(x, weight):
         y = wide.wide_linear(x, weight, norm=norm, eps=eps, residual=residual, out_dtype=None if glu else out_dtype)
         return _finish(elementwise.silu_mul(y), None, out_dtype) if glu else y
     if norm is not None:

@@ -53,6 +53,17 @@ class WidePlan(NamedTuple):
     splits: int  # parts that the inputs are cut into
 
 
+class DigitsPlan(NamedTuple):
+    """How a product of a matrix of int8 and many rows of digits is cut."""
+
+    BM: int  # rows of activations in a tile
+    BN: int  # outputs in a tile
+    num_warps: int
+    depth: int  # blocks under way
+    whole: int  # columns of tiles that take all inputs
+    splits: int  # parts that the inputs are cut into for the columns after these
+
+
 class RowsPlan(NamedTuple):
     """How a product of a float matrix and many rows is cut."""
 
@@ -201,15 +212,28 @@ def prompt_plan(head_dim: int, page: int, x: Tensor) -> PromptPlan:
     return PromptPlan(64, min(64, page), 4, 3)
 
 
-def wide_plan(format: str, M: int, N: int, K: int) -> WidePlan:
-    """For a packed matrix and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
+def wide_plan(M: int, N: int, K: int) -> WidePlan:
+    """For a matrix of int4 and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
     BM = 128 if M <= 128 else 256
-    if format == "int4" or M <= 128:
-        BN, num_warps, depth, programs = 128, 8, 3 if format == "int4" else 4, 132
+    tiles = triton.cdiv(N, 128) * triton.cdiv(M, BM)
+    return WidePlan(BM, 128, 8, 3, max(1, min(132 // tiles, K // 512)))
+
+
+def digits_plan(M: int, N: int, K: int, digits: int) -> DigitsPlan:
+    """For a matrix of int8 and M rows of so many digits, on a Hopper's 132 processors.
+
+    A round is as many tiles as run at once. What is left after the last whole round is cut along K if it fills another
+    one then.
+    """
+    if M <= 192 or N * K <= 1 << 25:
+        BM, num_warps, depth, programs = 64, 4, 3, 264  # two of them beside each other
     else:
-        BN, num_warps, depth, programs = 64, 4, 3, 264  # two of them beside each other
-    tiles = triton.cdiv(N, BN) * triton.cdiv(M, BM)
-    return WidePlan(BM, BN, num_warps, depth, max(1, min(programs // tiles, K // 512)))
+        BM, num_warps, depth, programs = 128, 8, 4, 132
+    BM, BN = BM * 2 // digits, 128
+    tiles, columns = triton.cdiv(M, BM), triton.cdiv(N, BN)
+    whole = tiles * columns // programs * programs // tiles
+    splits = max(1, min(programs // max(tiles * (columns - whole), 1), K // 1024))
+    return DigitsPlan(BM, BN, num_warps, depth, columns if splits == 1 else whole, splits)
 
 
 def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | None:

@@ -1,4 +1,4 @@
-"""A packed matrix times 65 to 512 rows of activations, on Hopper's tensor cores, without widening it in memory.
+"""A matrix of int4 times 65 to 512 rows of activations, on Hopper's tensor cores, without widening it in memory.
 
 What counts here is arithmetic: 256 rows of llama-3.1-8b are 3.8 TFLOP. A warp group takes its left side from registers,
 so codes are widened there (`dequantize.widen`), while the products of those before them run, and the right side from
@@ -6,7 +6,7 @@ shared memory, where copies put the activations some steps ahead. One pass serve
 
 As in `packed.py` a thread's 16 bytes of codes are what it needs of a left side if the inputs may come in another order;
 here it is the activations that are brought into it, by `arrange`, which normalizes them on the way. Matrices with too
-few tiles to fill the chip are cut along K as well, and `_finish_kernel` adds the parts.
+few tiles to fill the chip are cut along K as well.
 """
 
 import torch
@@ -16,43 +16,33 @@ from torch import Tensor
 from kernels import elementwise, language, tuning
 from kernels.dequantize import widen
 from kernels.language import along, jit, tl, triton
+from kernels.parts import add_parts
 from kernels.weight import Weight
 
 MOST_ROWS = 512  # from there on widening a matrix once costs less than it saves
 
 
 def suits(x: Tensor, weight: Weight) -> bool:
-    """Whether `wide_linear` is the way to multiply by a packed weight."""
-    return language.hopper(x) and x.element_size() == 2 and len(x) <= MOST_ROWS and not weight.int8_inputs
+    """Whether `wide_linear` is the way to multiply by a weight."""
+    return weight.format == "int4" and language.hopper(x) and x.element_size() == 2 and len(x) <= MOST_ROWS
 
 
-def block_of(format: str) -> int:
-    """How many inputs have their codes in 64 bytes of a row, among which `arrange` changes the order."""
-    return 128 if format == "int4" else 64
-
-
-def arrange(x: Tensor, format: str, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+def arrange(x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
     """RMSNorm(x [M, K]; norm [K], eps), or x, with the inputs in the order of `wide_kernel`, [M, K up to a block]."""
     M, K = x.shape
-    block = block_of(format)
-    y = x.new_empty(M, triton.cdiv(K, block) * block)
+    y = x.new_empty(M, triton.cdiv(K, 128) * 128)
     BLOCK = triton.next_power_of_2(y.shape[1])
-    _arrange_kernel[(M,)](x, norm, y, eps, K, y.shape[1], block // 32, BLOCK, num_warps=min(max(BLOCK // 1024, 1), 16))
+    _arrange_kernel[(M,)](x, norm, y, eps, K, y.shape[1], BLOCK, num_warps=min(max(BLOCK // 1024, 1), 16))
     return y
 
 
-def arrange_twin(x: Tensor, format: str, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+def arrange_twin(x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
     """`arrange` in plain torch."""
     if norm is not None:
         x = elementwise.rms_norm_twin(x, norm, eps)
-    block = block_of(format)
-    x = F.pad(x, (0, -x.shape[1] % block))
-    # Bytes: input 16 t + 8 p + i is the p-th code of half-word 8 t + i; nibbles: 32 p + 8 t + i.
-    x = x.unflatten(1, (-1, 4, 4, 8) if format == "int4" else (-1, 4, 2, 8))
-    x = x if format == "int4" else x.transpose(2, 3)  # [M, block, p, t, i]
-    return (
-        x.unflatten(4, (2, 2, 2)).permute(0, 1, 2, 4, 5, 3, 6).flatten(1)
-    )  # [M, block, p, i / 4, i / 2 % 2, t, i % 2]
+    x = F.pad(x, (0, -x.shape[1] % 128)).unflatten(1, (-1, 4, 4, 2, 2, 2))
+    # Input 32 p + 8 t + i is the p-th code of half-word 8 t + i: [M, block, p, i / 4, i / 2 % 2, t, i % 2]
+    return x.permute(0, 1, 2, 4, 5, 3, 6).flatten(1)
 
 
 def wide_linear(
@@ -65,11 +55,11 @@ def wide_linear(
     out_dtype: torch.dtype | None = None,
     plan: tuning.WidePlan | None = None,
 ) -> Tensor:
-    """`linear.linear` of a packed weight by the kernels here, without `glu`."""
+    """`linear.linear` of a weight of int4 by the kernels here, without `glu`."""
     (M, _), (N, K) = x.shape, weight.shape
     out = residual if residual is not None else x.new_empty(M, N, dtype=out_dtype)
-    plan = plan or tuning.wide_plan(weight.format, M, N, K)
-    x = arrange(x.contiguous(), weight.format, norm=norm, eps=eps)
+    plan = plan or tuning.wide_plan(M, N, K)
+    x = arrange(x.contiguous(), norm=norm, eps=eps)
     parts = out if plan.splits == 1 else x.new_empty(plan.splits, M, N, dtype=torch.float32)
     grid = triton.cdiv(M, plan.BM), triton.cdiv(N, plan.BN), plan.splits
     wide_kernel[grid](
@@ -82,7 +72,6 @@ def wide_linear(
         N,
         M,
         K=K,
-        FORMAT=weight.format,
         GROUP=weight.group,
         ADD=residual is not None,
         BM=plan.BM,
@@ -94,19 +83,16 @@ def wide_linear(
         num_stages=plan.depth,
     )
     if plan.splits > 1:
-        BLOCK = 1024
-        _finish_kernel[(M, triton.cdiv(N, BLOCK))](
-            parts, weight.bias, out, N, M, plan.splits, residual is not None, BLOCK, num_warps=4
-        )
+        add_parts(parts, out, bias=weight.bias, add=residual is not None)
     return out
 
 
 @jit
-def _arrange_kernel(x, norm, y, eps, K: tl.constexpr, WIDTH: tl.constexpr, Q: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: column c of the result is input `_input(c)`; Q codes are in a half-word."""
+def _arrange_kernel(x, norm, y, eps, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: column c of the result is input `_input(c)`."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
-    k = _input(c, Q)
+    k = _input(c)
     live = k < K
     h = tl.load(x + row * K + k, mask=live, other=0.0)
     if norm is not None:
@@ -117,15 +103,10 @@ def _arrange_kernel(x, norm, y, eps, K: tl.constexpr, WIDTH: tl.constexpr, Q: tl
 
 
 @jit
-def _input(c, Q: tl.constexpr):
+def _input(c):
     """The input in column c of what was arranged: [block, p, i / 4, i / 2 % 2, t, i % 2] with t of 4 threads."""
     i = c // 16 % 2 * 4 + c // 8 % 2 * 2 + c % 2
-    t = c // 2 % 4
-    p = c // 32 % Q
-    if Q == 4:
-        return c // 128 * 128 + p * 32 + t * 8 + i
-    else:
-        return c // 64 * 64 + t * 16 + p * 8 + i
+    return c // 32 * 32 + c // 2 % 4 * 8 + i
 
 
 @jit
@@ -150,19 +131,18 @@ def _group(scale, zero, index, words, p: tl.constexpr, S: tl.constexpr, REP: tl.
 
 
 @jit(do_not_specialize=["M"])
-def wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
-                ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
+def wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
                 PTX: tl.constexpr):  # fmt: skip
-    """BN outputs of BM rows of arranged x by a packed matrix, `w` its half-words; S is the number of warps.
+    """BN outputs of BM rows of arranged x by a matrix of int4, `w` its half-words; S is the number of warps.
 
     With PARTS it is the sum over a part of the inputs, to be finished; else bias is added, and with ADD what out holds.
     """
-    Q: tl.constexpr = 4 if FORMAT == "int4" else 2  # codes in a half-word
-    BK: tl.constexpr = 32 * Q
+    BK: tl.constexpr = 128
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
-    ROW: tl.constexpr = BLOCKS * 32 if FORMAT == "int4" else K // 2  # half-words
+    ROW: tl.constexpr = BLOCKS * 32  # half-words
     REP: tl.constexpr = BN // (16 * S)
-    SCALES: tl.constexpr = K // GROUP if FORMAT == "int4" else 1  # of a row
+    SCALES: tl.constexpr = K // GROUP  # of a row
     dtype: tl.constexpr = x.dtype.element_ty
     base = tl.program_id(1) * BN
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -180,28 +160,18 @@ def wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: tl.
     rows = x + tl.minimum(m, M - 1)[:, None] * (BLOCKS * BK) + tl.arange(0, BK)[None, :]
     acc = tl.zeros([BN, BM], tl.float32)
     for block in range(begin, end):
-        if ROW % 32 == 0:
-            words = tl.load(codes + block * 32)
-        else:
-            words = tl.load(codes + block * 32, mask=block * 32 + half < ROW, other=0)
+        words = tl.load(codes + block * 32)
         side = tl.load(rows + block * BK)
-        if FORMAT == "int4":
-            at = row * SCALES
-            first = block * (128 // GROUP)
-            LAST: tl.constexpr = SCALES - 1  # a row may end inside of a block: the activations there are zeros
-            a = _group(scale, zero, at + tl.minimum(first, LAST), words, 0, S, REP, BN, PTX, dtype)
-            b = _group(scale, zero, at + tl.minimum(first + 32 // GROUP, LAST), words, 1, S, REP, BN, PTX, dtype)
-            c = _group(scale, zero, at + tl.minimum(first + 64 // GROUP, LAST), words, 2, S, REP, BN, PTX, dtype)
-            d = _group(scale, zero, at + tl.minimum(first + 96 // GROUP, LAST), words, 3, S, REP, BN, PTX, dtype)
-            left = tl.join(tl.join(a, c), tl.join(b, d))  # [BN, 32, p / 2, p % 2]
-            left = tl.reshape(tl.permute(left, [0, 2, 3, 1]), [BN, BK])
-        else:
-            a = _left(widen(words, 0, FORMAT, PTX, dtype), S, REP, BN)
-            b = _left(widen(words, 1, FORMAT, PTX, dtype), S, REP, BN)
-            left = tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [BN, BK])
+        at = row * SCALES
+        first = block * (128 // GROUP)
+        LAST: tl.constexpr = SCALES - 1  # a row may end inside of a block: the activations there are zeros
+        a = _group(scale, zero, at + tl.minimum(first, LAST), words, 0, S, REP, BN, PTX, dtype)
+        b = _group(scale, zero, at + tl.minimum(first + 32 // GROUP, LAST), words, 1, S, REP, BN, PTX, dtype)
+        c = _group(scale, zero, at + tl.minimum(first + 64 // GROUP, LAST), words, 2, S, REP, BN, PTX, dtype)
+        d = _group(scale, zero, at + tl.minimum(first + 96 // GROUP, LAST), words, 3, S, REP, BN, PTX, dtype)
+        left = tl.join(tl.join(a, c), tl.join(b, d))  # [BN, 32, p / 2, p % 2]
+        left = tl.reshape(tl.permute(left, [0, 2, 3, 1]), [BN, BK])
         acc = tl.dot(left, tl.trans(side), acc, input_precision="ieee")
-    if FORMAT != "int4":
-        acc *= tl.load(scale + row)[:, None]
     keep = (index < N)[:, None] & (m < M)[None, :]
     at = m[None, :].to(tl.int64) * N + index[:, None]
     if PARTS:
@@ -212,19 +182,3 @@ def wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: tl.
         if ADD:
             acc += tl.load(out + at, mask=keep, other=0.0).to(tl.float32)
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=keep)
-
-
-@jit(do_not_specialize=["M", "splits"])
-def _finish_kernel(parts, bias, out, N, M, splits, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of parts [splits, M, N], with bias, and with ADD with what out [M, N] holds."""
-    m = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = n < N
-    y = tl.zeros([BLOCK], tl.float32)
-    for part in range(splits):
-        y += tl.load(parts + (part * M + m) * N + n, mask=keep, other=0.0)
-    if bias is not None:
-        y += tl.load(bias + n, mask=keep, other=0.0).to(tl.float32)
-    if ADD:
-        y += tl.load(out + m * N + n, mask=keep, other=0.0).to(tl.float32)
-    tl.store(out + m * N + n, y.to(out.dtype.element_ty), mask=keep)

@@ -61,7 +61,7 @@ class Scheme(NamedTuple):
         grouped = storage.format in GROUPED
         scale = scale if grouped else scale[:, None]  # [N, G]
         K = scale.shape[1] * storage.group if grouped else data.shape[1] * 4
-        codes = (NIBBLES if grouped else BYTES).unpack(data, K)  # [N, K]
+        codes = NIBBLES.unpack(data, K) if grouped else BYTES.unpack(data, K) ^ 128  # [N, K]
         zero = torch.full_like(scale, 2 ** (self.bits - 1)) if zero is None else zero
         size = self.group_size if grouped else K
         repeats = K // size // scale.shape[1]

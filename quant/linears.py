@@ -116,7 +116,7 @@ def cpu_nibbles() -> RowBlocks | None:
 class Codes(NamedTuple):
     """A rounded matrix before it is packed."""
 
-    codes: Tensor  # uint8 [N, K]
+    codes: Tensor  # uint8 [N, K]; of integers of 8 bits, 128 more than they mean
     scale: Tensor  # fp32 [N], or [N, K/group] for 4 bits
     zero: Tensor | None = None  # [N, K/group], 4 bits only: the code that means 0
 
@@ -368,7 +368,7 @@ class QuantizedLinear(nn.Module):
         self.data, self.native = self._data(), None
 
     def _codes(self, rows: slice) -> Tensor:
-        """uint8 [n, K]"""
+        """As they are packed, uint8 [n, K]."""
         return self.layout.unpack(self.data[rows], self.in_features) if self.native is None else self._native(rows)
 
     def _native(self, rows: slice) -> Tensor:
@@ -407,16 +407,11 @@ class _ByteLinear(QuantizedLinear):
 
     def settle(self, rows: int = 1) -> None:
         if self.native is None:
-            self._settle(self._signed, (self.out_features, self.in_features), max(1, PIECE // self.in_features))
+            self._settle(lambda codes: codes, (self.out_features, self.in_features), max(1, PIECE // self.in_features))
             self.native = self.native.view(torch.int8)
 
     def _native(self, rows: slice) -> Tensor:
-        return self._signed(self.native[rows].view(torch.uint8))
-
-    @staticmethod
-    def _signed(codes: Tensor) -> Tensor:
-        """Bytes uint8 [n, K] that mean the codes as signed integers, and back."""
-        raise NotImplementedError
+        return self.native[rows].view(torch.uint8)
 
 
 class Int8Linear(_ByteLinear):
@@ -438,12 +433,11 @@ class Int8Linear(_ByteLinear):
     def quantize(self, weight: Tensor) -> Codes:
         return round_int8(weight)
 
-    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return self._signed(codes).view(torch.int8).float().mul_(scale)
+    def store_rows(self, start: int, rows: Codes) -> None:
+        super().store_rows(start, rows._replace(codes=rows.codes ^ 128))  # as two's complement
 
-    @staticmethod
-    def _signed(codes: Tensor) -> Tensor:
-        return codes ^ 128
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return codes.view(torch.int8).float().mul_(scale)
 
     def has_operator(self, dtype: torch.dtype) -> bool:
         return self.native is not None and dtype == torch.bfloat16
@@ -484,7 +478,7 @@ class W8A8Linear(Int8Linear):
         return self.native is not None
 
     def multiply(self, x: Tensor) -> Tensor:
-        codes = self._signed(self._codes(slice(None))).view(torch.int8) if self.native is None else self.native
+        codes = self._codes(slice(None)).view(torch.int8) if self.native is None else self.native
         steps, scale = quantize_rows(x)
         return (torch._int_mm(steps, codes.t()) * scale).mul_(self.scale)
 
@@ -510,10 +504,6 @@ class Fp8Linear(_ByteLinear):
         The exponents' biases differ by 120, subnormals included. torch's own cast is 30 times slower.
         """
         return (codes.to(torch.int32).bitwise_left_shift_(20).bitwise_and_(_FP8_BITS)).view(torch.float32)
-
-    @staticmethod
-    def _signed(codes: Tensor) -> Tensor:
-        return codes
 
     def multiply(self, x: Tensor) -> Tensor | None:
         if self.native is None or not torch.compiler.is_compiling() or len(x) > 1:

@@ -16,7 +16,7 @@ from hf_config import hf_modules, our_module
 from model import Linear, ModelConfig, Transformer
 from quant.linears import FORMATS, GROUPED, GROUPS, Int4Linear, QuantizedLinear, Recipe, Storage, fit
 
-LAYOUT = 2  # which order of codes; quant/README.md describes it, and nothing reads an older one
+LAYOUT = 3  # which order of codes; quant/README.md describes it, and nothing reads an older one
 OUR_METHOD = "tachyon"  # the `quant_method` of a config.json whose weights lie as quant/README.md says
 
 

@@ -146,7 +146,7 @@ def test_the_commands_run_it_and_name_it(cache_folder, monkeypatch, capsys):
     cli.run(bench.main, [*options, "--new-tokens", "3", "--repeats", "1"])
     assert json.loads(capsys.readouterr().out)["quantize"] == "awq-int4-g32-asymmetric"
     with pytest.raises(SystemExit):
-        cli.run(bench.main, [*options, "--quantize", "int8"])
+        cli.run(bench.main, [*options, "--new-tokens", "3", "--quantize", "int8"])
     assert "is quantized already (awq-int4-g32-asymmetric)" in capsys.readouterr().err
 
 

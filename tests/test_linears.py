@@ -105,6 +105,14 @@ def test_int8_is_off_by_half_a_step_of_the_rows_largest_over_127(dtype: torch.dt
     assert ((codes == 1) | (codes == 255)).any(-1).all()  # the largest weight of each row takes the largest code
 
 
+def test_int8_lies_in_memory_as_twos_complement() -> None:
+    weight = matrix(5, 48)
+    linear = made("int8", weight)
+    steps = linear.layout.unpack(linear.data, 48).view(torch.int8)
+    assert (steps.abs().amax(1) == 127).all() and torch.equal(steps.sign().float() * weight.sign(), steps.sign().abs())
+    assert torch.equal(steps.float() * linear.scale[:, None], linear.dequantize(torch.float32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp8_is_off_by_a_sixteenth_of_the_weight(dtype: torch.dtype) -> None:
     weight = matrix(9, 80, dtype)

@@ -202,7 +202,7 @@ def test_the_config_has_the_recipe_and_what_differs_from_it(sources, run, tmp_pa
     other |= {f"model.layers.{i}.mlp.down_proj": {"format": "int4", "group_size": 32} for i in (0, 1)}
     assert json.loads(Path("out/config.json").read_text())["quantization_config"] == {
         "quant_method": "tachyon",
-        "layout": 2,
+        "layout": 3,
         "method": "rtn",
         "format": "int4",
         "group_size": 128,
@@ -214,7 +214,7 @@ def test_the_config_has_the_recipe_and_what_differs_from_it(sources, run, tmp_pa
     run("--checkpoint", sources["plain"], "--output", "fp8", "--bits", 8, "--format", "fp")
     assert json.loads(Path("fp8/config.json").read_text())["quantization_config"] == {
         "quant_method": "tachyon",
-        "layout": 2,
+        "layout": 3,
         "method": "rtn",
         "format": "fp8",
         "exceptions": {"lm_head": {"format": "int8"}},
@@ -226,7 +226,7 @@ def test_codes_in_another_order_are_refused(sources, run, tmp_path):
     config = json.loads(Path("out/config.json").read_text())
     del config["quantization_config"]["layout"]
     Path("out/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config\.json: the codes lie in layout 1 and only 2 is read; quantize"):
+    with pytest.raises(ValueError, match=r"config\.json: the codes lie in layout 1 and only 3 is read; quantize"):
         load("out")
 
 

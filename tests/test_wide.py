@@ -1,4 +1,4 @@
-"""Packed matrices times many rows, without widening them in memory: the kernels against the twin."""
+"""Matrices of int4 times many rows, without widening them in memory: the kernels against the twin."""
 
 import pytest
 import torch
@@ -9,28 +9,26 @@ from tests.test_kernels import DEVICE, FORMATS, random, random_weight, same
 
 pytest.importorskip("triton")
 
-PACKED = [f for f in FORMATS if f != "float"]
+INT4 = [f for f in FORMATS if f.startswith("int4")]
 # On a GPU a left side from registers needs whole warp groups.
 PLANS = {"whole": WidePlan(16, 64, 4, 2, 1), "parts": WidePlan(16, 128, 4, 2, 3)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", PACKED)
-def test_inputs_are_arranged(format: str, dtype: torch.dtype) -> None:
-    K = 640 if "128" in format else 192
+@pytest.mark.parametrize("K", [640, 192])
+def test_inputs_are_arranged(K: int, dtype: torch.dtype) -> None:
     x = random(3, K, dtype=dtype)
-    kind = format.split()[0]
-    assert torch.equal(wide.arrange(x, kind), wide.arrange_twin(x, kind))
+    assert torch.equal(wide.arrange(x), wide.arrange_twin(x))
     norm = 1 + 0.1 * random(K, dtype=dtype)
-    got, want = (f(x, kind, norm=norm, eps=1e-5) for f in (wide.arrange, wide.arrange_twin))
+    got, want = (f(x, norm=norm, eps=1e-5) for f in (wide.arrange, wide.arrange_twin))
     same(got, want, 1e-6 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("format", PACKED)
+@pytest.mark.parametrize("format", INT4)
 def test_wide_linear(format: str, plan: str) -> None:
     # Rows and outputs that no tile divides, and inputs that end inside of a block.
-    M, N, K = 19, 70, {"int8": 208, "fp8": 176}.get(format, 640 if "128" in format else 192)
+    M, N, K = 19, 70, 640 if "128" in format else 192
     weight, norm = random_weight(format, N, K, bias=plan == "whole"), 1 + 0.1 * random(K)
     x, residual = random(M, K), random(M, N)
     options = {"norm": norm, "eps": 1e-5}
@@ -40,7 +38,7 @@ def test_wide_linear(format: str, plan: str) -> None:
     same(got, want, 3e-5)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4 g64 asymmetric"])
+@pytest.mark.parametrize("format", ["int4 g128", "int4 g64 asymmetric"])
 def test_wide_linear_in_half_precision(format: str) -> None:
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bf16 matrices
     weight, x = random_weight(format, 64, 256, dtype=dtype, bias=True), random(20, 256, dtype=dtype)
@@ -55,12 +53,13 @@ def test_a_matrix_takes_this_way_where_it_pays(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(language, "hopper", lambda x: True)
     monkeypatch.setattr(tuning, "wide_plan", lambda *_: PLANS["whole"])
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-    weight, x, norm = random_weight("int8", 32, 64, dtype=dtype), random(65, 64, dtype=dtype), random(64, dtype=dtype)
+    weight = random_weight("int4 g64 asymmetric", 32, 64, dtype=dtype)
+    x, norm = random(65, 64, dtype=dtype), random(64, dtype=dtype)
     calls = []
     monkeypatch.setattr(linear, "dequantize", lambda *_: calls.append("widened"))
     got = linear.linear(x, weight, norm=norm, eps=1e-5, glu=True)
     assert not calls
     same(got, linear.linear_twin(x.float(), weight, norm=norm.float(), eps=1e-5, glu=True), 2e-2)
     assert not wide.suits(x.float(), weight)
-    assert not wide.suits(x, weight._replace(int8_inputs=True))
+    assert not wide.suits(x, random_weight("int8", 32, 64))
     assert not wide.suits(x.expand(8, 65, 64).flatten(0, 1), weight)
