@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import language
 from kernels.codes import encode
-from kernels.language import as_codes, jit, scale_of, tl, triton
+from kernels.language import as_codes, jit, scale_of, tl, triton, wait
 
 _TILE = 2048  # elements in a program's tile: with 4 warps, two 16-byte bf16 loads a thread
 
@@ -41,7 +41,8 @@ def rms_norm_kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     M, C = _rows(x)
     y = torch.empty_like(x)
     if M:
-        _rms_norm[(M,)](x, weight, y, eps, C, **_row_meta(C))
+        options = _row_meta(C) | language.launch_options(x)
+        _rms_norm[(M,)](x, weight, y, eps, C, PDL=language.pdl(x), **options)
     return y
 
 
@@ -225,15 +226,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @jit
-def _rms_norm(x, weight, y, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, y, eps, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program a row."""
     dtype = x.dtype.element_ty
     cols = tl.arange(0, BLOCK)
     live = cols < C
     at = tl.program_id(0).to(tl.int64) * C + cols
+    w = tl.load(weight + cols, live, other=0.0).to(tl.float32)
+    wait(PDL)
     h = tl.load(x + at, live, other=0.0).to(tl.float32)
     h *= tl.rsqrt(tl.sum(h * h) / C + eps)
-    w = tl.load(weight + cols, live, other=0.0).to(tl.float32)
     tl.store(y + at, w * h.to(dtype).to(tl.float32), live)
 
 

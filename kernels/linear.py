@@ -10,7 +10,8 @@ number of rows M:
 - M = 2 to 256, float weights of 16 bits, on Hopper: `rows.rows_linear`, where it is faster.
 - M = 2 to `most_rows`, other float weights: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core
   product, so that 16 rows cost what one costs.
-- M = 1 to `most_rows`, packed weights: `packed.packed_kernel`.
+- M = 1 to 7, packed weights: `packed.packed_kernel`.
+- M = 8 to `most_rows`, packed weights: `packed.shared_kernel`.
 - up to 512, int4, on Hopper: `wide.wide_linear`.
 - up to 1024, int8 and fp8, on Hopper: `digits.digits_linear`; any number where the inputs are to be int8 too.
 - more: cuBLAS over dequantized weights, or torch's product of integers where the inputs are to be int8 too, and
@@ -28,9 +29,9 @@ from kernels import digits, elementwise, language, rows, tuning, wide
 from kernels.dequantize import dequantize, dequantize_twin
 from kernels.int8 import int8_linear
 from kernels.language import held, jit, launch_options, order, store, tl, triton, wait
-from kernels.packed import packed_kernel
+from kernels.packed import packed_kernel, shared_kernel
 from kernels.rows import Stream
-from kernels.weight import Weight, most_rows
+from kernels.weight import Weight, block_of, most_rows
 
 
 def linear(
@@ -203,22 +204,24 @@ def launch(
     }
     grid = (triton.cdiv(N, plan.BN),)
     if packed:
-        packed_kernel[grid](
-            x,
-            weight.data.view(torch.int16),
-            weight.scale,
-            weight.scale if weight.zero is None else weight.zero,
-            M=M,
-            FORMAT=weight.format,
-            GROUP=weight.group,
-            ZERO=weight.zero is not None,
-            BM=BM,
-            S=plan.num_warps,
-            AHEAD=plan.depth,
-            PTX=language.ptx(x),
-            num_stages=1,  # loads go to registers, a step ahead
-            **options,
-        )
+        options |= {
+            "scale": weight.scale,
+            "zero": weight.scale if weight.zero is None else weight.zero,
+            "M": M,
+            "FORMAT": weight.format,
+            "GROUP": weight.group,
+            "ZERO": weight.zero is not None,
+            "S": plan.num_warps,
+            "PTX": language.ptx(x),
+        }
+        words = weight.data.view(torch.int16)
+        if plan.across:
+            for name in ("norm", "NORM", "eps"):
+                del options[name]
+            U = plan.BK // (plan.across * block_of(weight.format))
+            shared_kernel[grid](x, words, BM=max(BM, 8), SK=plan.across, U=U, num_stages=plan.depth, **options)
+        else:  # loads go to registers, a step ahead
+            packed_kernel[grid](x, words, BM=BM, AHEAD=plan.depth, num_stages=1, **options)
     elif M == 1:
         _vector_kernel[grid](x, weight.data, BK=BK, **options)
     else:

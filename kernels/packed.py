@@ -14,6 +14,11 @@ Columns without waste: the least product has eight columns. Where there are fewe
 those of several blocks of inputs. A block's product is then right in its own columns, and only these are kept.
 
 A program computes some whole rows. Its warps share the inputs, and their sums are added at the end.
+
+From 8 rows of activations on these are most of what passes through the caches, and there are too few registers to have
+enough of everything on the way. `shared_kernel` copies words and activations into shared memory some steps ahead, where
+warps that have other rows of the matrix use the same activations. The 64-byte blocks of a step are neighbours in their
+row: DRAM opens a page for each, if they are not.
 """
 
 from kernels.dequantize import widen
@@ -21,7 +26,7 @@ from kernels.language import along, held, jit, store, tl, triton, wait
 
 
 @jit
-def _row(t: tl.constexpr, low, high, last, N, GLU: tl.constexpr):
+def _row(t, low, high, last, N, GLU: tl.constexpr):
     """Rows of the t-th tile of sixteen, from the program's first on: `low` counts eight, `high` two times these.
 
     With GLU they are eight of the gate and the same of up. Past the end it is the last row again.
@@ -234,3 +239,154 @@ def packed_kernel(x, w, scale, zero, bias, norm, out, N, M, eps, K: tl.constexpr
             if MODE == "add":
                 y += residuals[t]
             store(out, y, base + t * 16 + tl.arange(0, 16), N, M, MODE, BM)
+
+
+@jit
+def _group_scales(scale, t: tl.constexpr, last, N, step, SCALES: tl.constexpr, PER: tl.constexpr, U: tl.constexpr,
+                  SK: tl.constexpr, SN: tl.constexpr, GLU: tl.constexpr):  # fmt: skip
+    """Of `shared_kernel`'s t-th tile the scales or zeros in a step, for each group of a block: [SN SK, 16, 1]."""
+    b = tl.arange(0, SN * SK)[:, None]
+    r = tl.arange(0, 16)[None, :]
+    row = _row(t * SN + b // SK, r % 8, r // 8, last, N, GLU)
+    v = ()
+    for g in tl.static_range(4 // PER * U):
+        group = (step * SK + b % SK) * U * (4 // PER) + g
+        v = v + (tl.load(scale + row * SCALES + group, mask=group < SCALES, other=0.0)[:, :, None],)
+    return v
+
+
+@jit
+def _shared_words(w, t: tl.constexpr, u: tl.constexpr, last, N, step, ROW: tl.constexpr, U: tl.constexpr,
+                  SK: tl.constexpr, SN: tl.constexpr, GLU: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    """Half-words [4, 8, SK, 2, SN, 8] of the t-th tile of each warp: on the way [SK, SN, 2, 8] blocks of 64 bytes."""
+    r = tl.arange(0, SK * SN * 16)[:, None]
+    row = _row(t * SN + r // 16 % SN, r % 8, r // 8 % 2, last, N, GLU)
+    at = ((step * SK + r // (16 * SN)) * U + u) * 32 + tl.arange(0, 32)[None, :]
+    if RAGGED:
+        v = tl.load(w + row * ROW + at, mask=at < ROW, other=0)
+    else:
+        v = tl.load(w + row * ROW + at)
+    return tl.permute(tl.reshape(v, [SK, SN, 2, 8, 4, 8]), [4, 3, 0, 2, 1, 5])
+
+
+@jit
+def _shared_vectors(x, M, step, u: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, U: tl.constexpr,
+                    BM: tl.constexpr, SK: tl.constexpr, SN: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    """What of rows x [M, K] meets each code of a half-word: [SN SK, 32, BM]. Past the last row it is that one again."""
+    Q: tl.constexpr = 4 if FORMAT == "int4" else 2
+    r = tl.arange(0, Q * SK * BM)[:, None]
+    block = (step * SK + r // BM % SK) * U + u
+    k = (block * Q + r // (BM * SK)) * 32 + tl.arange(0, 32)[None, :]
+    at = tl.minimum(r % BM, M - 1) * K + k
+    if RAGGED:
+        v = tl.load(x + at, mask=k < K, other=0.0)
+    else:
+        v = tl.load(x + at)
+    if Q == 4:
+        v = tl.permute(tl.reshape(v, [2, 2, SK, BM // 8, 8, 4, 8]), [5, 4, 2, 3, 6, 1, 0])
+        even, odd = tl.split(v)  # p / 2 = 0 and 1
+        a, b = tl.split(even)
+        c, d = tl.split(odd)
+        sides = (a, b, c, d)
+    else:
+        v = tl.permute(tl.reshape(v, [2, SK, BM // 8, 8, 2, 2, 8]), [0, 4, 3, 1, 2, 6, 5])  # [t / 2, t % 2, ..., p]
+        sides = tl.split(tl.reshape(v, [4, 8, SK, BM // 8, 8, 2]))
+    return sides
+
+
+@jit(do_not_specialize=["M"])
+def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+                  ZERO: tl.constexpr, BIAS: tl.constexpr, MODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                  S: tl.constexpr, SK: tl.constexpr, U: tl.constexpr, PTX: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """`packed_kernel` for 8 rows of x and up, by way of shared memory.
+
+    Of the S warps SK share the inputs, U blocks each in a step, and S / SK the rows of the matrix.
+    """
+    GLU: tl.constexpr = MODE == "glu"
+    SN: tl.constexpr = S // SK
+    PART: tl.constexpr = 8 * SN if GLU else 16 * SN  # outputs of the warps' tiles of sixteen rows
+    TILES: tl.constexpr = BN // PART
+    Q: tl.constexpr = 4 if FORMAT == "int4" else 2
+    BLOCKS: tl.constexpr = (K + 32 * Q - 1) // (32 * Q)
+    STEPS: tl.constexpr = (BLOCKS + SK * U - 1) // (SK * U)
+    SCALES: tl.constexpr = K // GROUP if FORMAT == "int4" else 1
+    PER: tl.constexpr = GROUP // 32 if FORMAT == "int4" else Q
+    GROUPS: tl.constexpr = 4 // PER * U
+    OFFSET: tl.constexpr = 128.0 if PTX else 0.0
+    RAGGED: tl.constexpr = STEPS * SK * U * 32 * Q != K
+    ROW: tl.constexpr = BLOCKS * 32 if FORMAT == "int4" else K // 2
+    ENDS: tl.constexpr = (1 if FORMAT != "int4" else 0) + (1 if BIAS else 0)
+    dtype: tl.constexpr = x.dtype.element_ty
+
+    base = tl.program_id(0).to(tl.int64) * BN
+    last = (N - 1 - base).to(tl.int32)
+    w += base * ROW
+    scale += base * SCALES
+    zero += base * SCALES
+    sums, scales, zeros, ends, residuals = (), (), (), (), ()
+    for t in tl.static_range(TILES):
+        sums = sums + (tl.zeros([S, 16, BM], tl.float32),)
+        if FORMAT == "int4":
+            scales = scales + _group_scales(scale, t, last, N, 0, SCALES, PER, U, SK, SN, GLU)
+            if ZERO:
+                zeros = zeros + _group_scales(zero, t, last, N, 0, SCALES, PER, U, SK, SN, GLU)
+        r = tl.arange(0, 16 * SN)
+        row = _row(t * SN + r // 16, r % 8, r // 8 % 2, last, N, GLU)
+        if FORMAT != "int4":
+            ends = ends + (tl.load(scale + row)[:, None],)
+        if BIAS:
+            ends = ends + (tl.load(bias + base + row).to(tl.float32)[:, None],)
+    wait(PDL)
+    if MODE == "add":
+        for t in tl.static_range(TILES):
+            residuals = residuals + (held(out, base + t * PART + tl.arange(0, PART), N, M, BM),)
+
+    for step in range(STEPS):
+        words, sides, next_scales, next_zeros = (), (), (), ()
+        for u in tl.static_range(U):
+            for t in tl.static_range(TILES):
+                words = words + (_shared_words(w, t, u, last, N, step, ROW, U, SK, SN, GLU, RAGGED),)
+        for u in tl.static_range(U):
+            sides = sides + _shared_vectors(x, M, step, u, K, FORMAT, U, BM, SK, SN, RAGGED)
+        if FORMAT == "int4":
+            for t in tl.static_range(TILES):
+                next_scales += _group_scales(scale, t, last, N, step + 1, SCALES, PER, U, SK, SN, GLU)
+                if ZERO:
+                    next_zeros += _group_scales(zero, t, last, N, step + 1, SCALES, PER, U, SK, SN, GLU)
+        for g in tl.static_range(Q // PER * U):
+            right = ()
+            for p in tl.static_range(PER):
+                right = right + (_repeat(_right(sides[g * PER + p], SK, BM), SK, SN, BM),)
+            if FORMAT == "int4":
+                total = tl.zeros([S, 16, BM], tl.float32)
+                for p in tl.static_range(PER):
+                    total = tl.dot(tl.full([S, 16, 32], 1.0, dtype), right[p], total, input_precision="ieee")
+            added = ()
+            for t in tl.static_range(TILES):
+                part = tl.zeros([S, 16, BM], tl.float32) if FORMAT == "int4" else sums[t]
+                for p in tl.static_range(PER):
+                    code = widen(words[g * PER // Q * TILES + t], (g * PER + p) % Q, FORMAT, PTX, dtype)
+                    part = tl.dot(_left(code, SK, SN), right[p], part, input_precision="ieee")
+                if FORMAT == "int4":
+                    if ZERO:
+                        part -= (zeros[t * GROUPS + g].to(tl.float32) + OFFSET) * total
+                    else:
+                        part -= (OFFSET + 8.0) * total
+                    part = sums[t] + part * scales[t * GROUPS + g].to(tl.float32)
+                added = added + (part,)
+            sums = added
+        scales, zeros = next_scales, next_zeros
+
+    for t in tl.static_range(TILES):
+        y = tl.reshape(tl.sum(tl.reshape(sums[t], [SN, SK, 16, BM]), 1), [SN * 16, BM])
+        if FORMAT != "int4":
+            y *= ends[t * ENDS]
+        if BIAS:
+            y += ends[t * ENDS + ENDS - 1]
+        if GLU:
+            gate, up = tl.split(tl.permute(tl.reshape(y, [SN, 2, 8, BM]), [0, 2, 3, 1]))
+            y = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [PART, BM])
+        if MODE == "add":
+            y += residuals[t]
+        store(out, y, base + t * PART + tl.arange(0, PART), N, M, MODE, BM)

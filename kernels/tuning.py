@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from kernels.language import triton
+from kernels.weight import block_of
 
 
 class Plan(NamedTuple):
     """How a kernel for a matrix is cut."""
 
     BN: int  # outputs in a block
-    BK: int  # inputs in a block; 0 for packed weights, whose programs take whole rows
+    BK: int  # inputs in a block; 0 for packed weights whose words go to registers and whose programs take whole rows
     num_warps: int
     depth: int = 1  # stages of a pipeline of tiles; 64-byte blocks of a packed row that a warp takes at a time
+    across: int = 0  # packed weights: how many of the warps share BK, where words go through shared memory
 
 
 class AttentionPlan(NamedTuple):
@@ -100,7 +102,8 @@ def lookup(device: torch.device, key: str) -> list[int] | None:
 
 def key(format: str, M: int, N: int, K: int, mode: str) -> str:
     """The table's key for a matrix of N outputs (rows of each half for "glu") and K inputs."""
-    rows = "1" if M == 1 else f"{max(16, 1 << (M - 1).bit_length())}"
+    least = 16 if M >= 8 or (M > 1 and format == "float") else 1
+    rows = max(least, 1 << (M - 1).bit_length())
     return f"{format} {mode} {N}x{K} rows {rows}"
 
 
@@ -108,10 +111,19 @@ def key(format: str, M: int, N: int, K: int, mode: str) -> str:
 def _plan(device: torch.device, format: str, M: int, N: int, K: int, mode: str, itemsize: int) -> Plan:
     known = lookup(device, key(format, M, N, K, mode)) if itemsize == 2 else None
     plan = Plan(*known) if known else rule(format, M, N, K, mode)
-    if M == 1 or format != "float" or device.type != "cuda":
+    if device.type != "cuda" or M == 1 or (format != "float" and not plan.across):
         return plan
     limit = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    return fit(plan, M, mode, itemsize, limit)
+    if format == "float":
+        return fit(plan, M, mode, itemsize, limit)
+    depth = min(plan.depth, 1 + limit // step_bytes(plan, format, M, mode))
+    return plan._replace(depth=depth) if depth > 1 and itemsize == 2 else register_rule(format, K, mode)
+
+
+def step_bytes(plan: Plan, format: str, M: int, mode: str) -> int:
+    """Shared memory that a step of `packed.shared_kernel` takes; a pipeline has one step less than stages."""
+    rows = plan.BN * (2 if mode == "glu" else 1)
+    return plan.BK * (rows // (2 if format == "int4" else 1) + 2 * max(8, 1 << (M - 1).bit_length()))
 
 
 def fit(plan: Plan, M: int, mode: str, itemsize: int, limit: int) -> Plan:
@@ -142,11 +154,25 @@ def rule(format: str, M: int, N: int, K: int, mode: str) -> Plan:
         BK = min(2048, reach)
         return Plan(max(1, min(8192 // BK, 2) // halves), BK, 4 if BK >= 1024 else 1)
     if format != "float":
-        inputs = 128 if format == "int4" else 64  # what a warp takes at a time
-        return Plan(8 if mode == "glu" else 16, 0, max(1, min(4 if K <= 4096 else 8, reach // inputs)), 4)
-    if N >= 24576 and K >= 1024:
+        return shared_rule(format, M, N, K) if M >= 8 else register_rule(format, K, mode)
+    if N >= 24576:
         return Plan(64, 256, 4, 2)
     return Plan(32 if N // 32 >= 96 else 16, 128, 4, 4)
+
+
+def register_rule(format: str, K: int, mode: str) -> Plan:
+    """For packed words that go to registers."""
+    reach = 1 << (K - 1).bit_length()
+    return Plan(8 if mode == "glu" else 16, 0, max(1, min(4 if K <= 4096 else 8, reach // block_of(format))), 4)
+
+
+def shared_rule(format: str, M: int, N: int, K: int) -> Plan:
+    """For packed words that go through shared memory: of a row some hundred neighbouring bytes a step."""
+    BM, inputs = max(8, 1 << (M - 1).bit_length()), block_of(format)
+    if N >= 8192:
+        return Plan(64, max(1, min(4, 8192 // (BM * inputs))) * inputs, 4, 3 if format == "int4" else 4, 1)
+    across = min(4, 1 << (-(-K // inputs) - 1).bit_length())
+    return Plan(32, across * inputs * (2 if format != "int4" and M <= 16 else 1), 2 * across, 5, across)
 
 
 def plan(format: str, M: int, N: int, K: int, mode: str, x: Tensor) -> Plan:

@@ -32,3 +32,8 @@ class Weight(NamedTuple):
 def most_rows(format: str) -> int:
     """Up to how many rows the kernels for few rows are faster than the large product."""
     return 16 if format == "float" else 64
+
+
+def block_of(format: str) -> int:
+    """How many inputs have their codes in 64 bytes of a packed row."""
+    return 128 if format == "int4" else 64

@@ -25,7 +25,7 @@ import hardware
 from generate import Generator, Request
 from kernels import linear, tuning
 from kernels.tuning import Plan
-from kernels.weight import Weight
+from kernels.weight import Weight, block_of
 from model import ModelConfig, Transformer
 from quant.linears import BYTES, GROUPS, NIBBLES
 
@@ -101,6 +101,8 @@ def candidates(case: Case) -> list[Plan]:
             block = BN * BK * halves * 2  # bytes
             if reach >= BK and (2048 if small else 4096) <= block <= 32768 and 32 <= block / (32 * warps) <= 128:
                 plans.append(Plan(BN, BK, warps))
+    elif case.format != "float" and case.rows >= 8:
+        return shared_candidates(case)
     elif case.format != "float":
         loads = -(-case.words // 16)  # 64 bytes each, of a row
         tiles, depths = ((16, 32), (2, 4, 8)) if case.rows == 1 else ((16, 32, 64), (1,))
@@ -112,6 +114,21 @@ def candidates(case: Case) -> list[Plan]:
             block = BN * BK * halves * 2  # bytes
             if 4096 <= block <= 32768 and 24576 <= block * stages <= 98304 and reach >= BK:
                 plans.append(Plan(BN, BK, 4, stages))
+    return plans
+
+
+def shared_candidates(case: Case) -> list[Plan]:
+    """The plans worth a try for packed words that go through shared memory."""
+    halves, inputs = 2 if case.mode == "glu" else 1, block_of(case.format)
+    plans = []
+    for across, alongside, tiles, blocks in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 4)):
+        rows, BK = 16 * alongside * tiles, inputs * across * blocks
+        if not 2 <= across * alongside <= 8 or rows < 32 or case.K < 2 * BK or case.N * halves < 96 * rows:
+            continue
+        for depth in (3, 4, 5, 6):
+            plan = Plan(rows // halves, BK, across * alongside, depth, across)
+            if 49152 <= tuning.step_bytes(plan, case.format, case.rows, case.mode) * (depth - 1) <= 163840:
+                plans.append(plan)
     return plans
 
 

@@ -106,13 +106,13 @@ def test_half_of_two_hundred_clients_vanish_in_mid_stream(start: Callable, token
     prompts = [[3 + i % 90, 5, i // 90, 7] for i in range(200)]
     with start(max_running=32) as live:
         stay = [ask(live, prompt, 40) for prompt in prompts[::2]]
-        leave = [ask(live, prompt, 400, leave_after=1 + 37 * i) for i, prompt in enumerate(prompts[1::2])]
+        leave = [ask(live, prompt, 2000, leave_after=1 + 37 * i) for i, prompt in enumerate(prompts[1::2])]
         answers = together(*stay, *leave)
         for prompt, (status, text, last) in zip(prompts[::2], answers, strict=False):
             assert (status, text) == (200, text_of(tokenizer, prompt, 40))
             assert last["choices"][0]["finish_reason"] == "length"
         live.wait(lambda: is_idle(live))
-        assert live.engine.stats().generated_tokens < 100 * 40 + 100 * 200  # nobody's tokens are not made
+        assert live.engine.stats().generated_tokens < 100 * 40 + 100 * 1000  # nobody's tokens are not made
 
 
 def test_slow_readers_hold_nobody_up_and_are_dropped(start: Callable, tokenizer: Tokenizer, monkeypatch) -> None:

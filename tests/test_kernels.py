@@ -13,7 +13,7 @@ from kernels.attention import Heads, Scratch
 from kernels.decoder import Decoder, matrices
 from kernels.linear import NOTHING
 from kernels.tuning import AttentionPlan, Plan
-from kernels.weight import Weight
+from kernels.weight import Weight, block_of
 from model import Linear, Transformer
 from quant.linears import RECIPES, Fp8Linear, Int4Linear, Int8Linear
 from tests.conftest import TINY, new_cache, tiny_model
@@ -86,7 +86,32 @@ def test_a_packed_matrix_cut_into_several_programs_warps_and_loads(format: str, 
         same(out, want, 3e-5)
 
 
-@pytest.mark.parametrize("M", [9, 17])
+SHARED = {  # blocks of 64 bytes of a row: in a step of all warps; plans
+    "warps share inputs": (1, Plan(BN=64, BK=0, num_warps=2, depth=3, across=1)),
+    "and rows": (4, Plan(BN=32, BK=0, num_warps=4, depth=2, across=2)),
+}
+
+
+@pytest.mark.parametrize("plan", SHARED)
+@pytest.mark.parametrize("mode", ["store", "add", "glu", "argmax"])
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4 g32", "int4 g64 asymmetric", "int4 g128"])
+def test_a_packed_matrix_through_shared_memory(format: str, mode: str, plan: str) -> None:
+    blocks, plan = SHARED[plan]
+    N, K, M = 44, 384 if format == "int4 g128" else 448, 11  # an odd number of blocks, and rows that nothing divides
+    weight, x, residual = random_weight(format, N, K, bias=mode != "glu"), random(M, K), random(M, N)
+    out = residual.clone() if mode == "add" else random(M, N // 2 if mode == "glu" else N)
+    want = linear.linear_twin(x, weight, glu=mode == "glu", residual=residual if mode == "add" else None)
+    if mode == "argmax":
+        out = torch.full((M,), NOTHING, dtype=torch.int64, device=DEVICE)
+    plan = plan._replace(BK=blocks * block_of(weight.format))
+    linear.launch(x, weight, out, norm=None, eps=0.0, mode=mode, plan=plan)
+    if mode == "argmax":
+        assert torch.equal(0xFFFFFFFF - (out & 0xFFFFFFFF), want.argmax(-1))
+    else:
+        same(out, want, 3e-5)
+
+
+@pytest.mark.parametrize("M", [5, 8, 9, 17])
 @pytest.mark.parametrize("format", ["float", "int8", "int4 g32"])
 def test_linear_of_more_rows(format: str, M: int) -> None:
     weight, norm, x = random_weight(format, 40, 96, bias=True), 1 + 0.1 * random(96), random(M, 96)
@@ -107,6 +132,17 @@ def test_a_plan_for_tiles_is_cut_down_to_the_shared_memory_there_is() -> None:
         assert tuning.tile_bytes(fitted, M, mode, itemsize) <= 101376
         assert tuning.fit(fitted, M, mode, itemsize, 101376) == fitted
     assert tuning.fit(Plan(32, 128, 4, 4), 16, "store", 2, 232448) == Plan(32, 128, 4, 4)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("M", [8, 16, 33, 64])
+def test_the_rule_cuts_packed_matrices_into_whole_tiles_that_a_hopper_has_room_for(format: str, M: int) -> None:
+    for N, K, mode in ((14336, 4096, "glu"), (128256, 4096, "argmax"), (4096, 14336, "add"), (48, 64, "glu")):
+        plan = tuning.rule(format, M, N, K, mode)
+        least = (8 if mode == "glu" else 16) * plan.num_warps // plan.across  # outputs of all warps' tiles
+        assert plan.BN % least == 0
+        assert plan.BK % (plan.across * block_of(format)) == 0
+        assert 2 * tuning.step_bytes(plan, format, M, mode) <= 232448
 
 
 @pytest.mark.parametrize("M", [1, 2])
