@@ -154,7 +154,7 @@ def _product_kernel(x, w, bias, out, N, K, M, GLU: tl.constexpr, PARTS: tl.const
     begin = part * each
     end = tl.minimum(begin + each, K)
     if PDL and AHEAD > 0:
-        _ask_for(w + row * K + begin, tl.minimum(AHEAD, end - begin))
+        _ask_for(w + row * K + begin, tl.maximum(tl.minimum(AHEAD, end - begin), 0))
     rows = x + m[:, None].to(tl.int64) * K + k[None, :]
     weights = w + row[:, None] * K + k[None, :]
     live = (m < M)[:, None]
@@ -177,8 +177,8 @@ def _product_kernel(x, w, bias, out, N, K, M, GLU: tl.constexpr, PARTS: tl.const
 
 @jit
 def _ask_for(rows, inputs):
-    """Ask for that many inputs (at least 1) of 16 bits at `rows` into the L2 cache."""
-    quarter = (inputs // 4 // 8) * 8
+    """Ask for that many inputs, of 16 bits and a multiple of 32, at `rows` into the L2 cache."""
+    quarter = inputs // 4
     at = rows[:, None] + (tl.arange(0, 4) * quarter)[None, :]
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",

@@ -287,5 +287,6 @@ def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | Non
         plan = plan._replace(BK=64, depth=min(2 * plan.depth, 6))
     if add:
         tiles = triton.cdiv(M, plan.BM) * triton.cdiv(N, plan.BN)
-        plan = plan._replace(splits=max(1, min(132 // tiles, K // 256)))
+        blocks = K // plan.BK
+        plan = plan._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, max(1, min(132 // tiles, K // 256)))))
     return plan._replace(ahead=512 if small and M <= 64 else 0)

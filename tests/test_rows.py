@@ -76,14 +76,16 @@ def test_decoder_gives_the_models_logits(monkeypatch: pytest.MonkeyPatch, taken:
             same(decoder.logits(x), want, 1e-4)
 
 
-@pytest.mark.parametrize("K", [576, 1024, 14336])
+@pytest.mark.parametrize("K", [576, 1024, 1152, 14336])
 @pytest.mark.parametrize("N", [576, 4096, 28672])
 @pytest.mark.parametrize("M", [2, 64, 65, 128, 129, 256])
 def test_plans_fit_the_matrix(M: int, N: int, K: int) -> None:
     for glu, add in ((False, False), (True, False), (False, True)):
         plan = tuning.rows_plan(M, N, K, glu=glu, add=add)
         if plan is not None:
-            assert K % plan.BK == 0 and (add or plan.splits == 1) and plan.splits <= K // plan.BK
+            blocks, splits = K // plan.BK, plan.splits
+            assert K % plan.BK == 0 and (add or splits == 1)
+            assert (splits - 1) * -(-blocks // splits) < blocks  # no part is empty
             assert plan.depth * (plan.BM + plan.BN) * plan.BK * 2 <= 227 * 1024
     for rows_, inputs in ((1, K), (257, K), (M, K + 8)):
         assert tuning.rows_plan(rows_, N, inputs, glu=False, add=False) is None
