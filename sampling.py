@@ -24,7 +24,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens seen (Keskar et al. 2019)
     presence_penalty: float = 0.0  # subtracted once for every token generated so far
     frequency_penalty: float = 0.0  # subtracted for each time a token was generated
-    temperature: float = 0.0  # 0 takes the most likely token
+    temperature: float = 0.0  # 0 takes the most likely token, and so does anything below 1e-6
     top_k: int = 0  # the k most likely tokens; 0 keeps all
     top_p: float = 1.0  # the fewest most likely tokens whose probabilities reach p (Holtzman et al. 2019)
     min_p: float = 0.0  # tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024)
@@ -43,6 +43,8 @@ class SamplingParams:
         for name, (valid, allowed) in bounds.items():
             if not valid:
                 raise ValueError(f"{name} must be {allowed}; got {getattr(self, name)}")
+        if self.temperature < 1e-6:  # so cold that it is greedy, and the reciprocal of less may be infinite in fp32
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def penalizes(self) -> bool:

@@ -69,7 +69,7 @@ def split(x: Tensor, weight: Weight, *, norm: Tensor | None = None, eps: float =
 def _empty(x: Tensor, weight: Weight) -> Digits:
     M, K = x.shape
     dtype = torch.float8_e4m3fn if weight.format == "fp8" else torch.int8
-    rows = triton.cdiv(M, TALLEST) * TALLEST  # whole tiles: where copies passed the end, 80 rows took longer than 128
+    rows = -(-M // TALLEST) * TALLEST  # whole tiles: where copies passed the end, 80 rows took longer than 128
     codes = torch.empty(rows, 1 if weight.int8_inputs else 2, K, dtype=dtype, device=x.device)
     return Digits(codes, torch.empty(rows + 1, dtype=torch.float32, device=x.device))
 

@@ -272,7 +272,9 @@ def _shared_words(w, t: tl.constexpr, u: tl.constexpr, last, N, step, ROW: tl.co
 @jit
 def _shared_vectors(x, M, step, u: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, U: tl.constexpr,
                     BM: tl.constexpr, SK: tl.constexpr, SN: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    """What of rows x [M, K] meets each code of a half-word: [SN SK, 32, BM]. Past the last row it is that one again."""
+    """What of rows x [M, K] meets each code of a half-word, a tensor [4, 8, SK, BM / 8, 8] for each. Past the last row
+    it is that one again.
+    """
     Q: tl.constexpr = 4 if FORMAT == "int4" else 2
     r = tl.arange(0, Q * SK * BM)[:, None]
     block = (step * SK + r // BM % SK) * U + u

@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     end_us: float
 
 
-MATRIX_KERNELS = frozenset({"_vector_kernel", "packed_kernel", "_tile_kernel", "_product_kernel"})
+MATRIX_KERNELS = frozenset({"_vector_kernel", "packed_kernel", "shared_kernel", "_tile_kernel", "_product_kernel"})
 LAYER_ROLES = ("qkv", "o", "gate_up", "down")  # a layer's matrices in the order they are read
 
 

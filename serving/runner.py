@@ -127,7 +127,8 @@ class Runner:
         if not step.prefills and rows.kind != "logits":
             return Ticket(rows, self._decode(rows)[: len(works)], [])
         x = self._mixed(step) if step.prefills else self._decode(rows)
-        logits = self._logits(x)[: len(works)]  # in no graph, each of which would keep memory for its own
+        # In no graph, each of which would keep memory for its own.
+        logits = self._logits(x if works else x[:, :0])[: len(works)]
         tokens, reports = self.drawing.draw(rows, works, logits, self.position[rows.index])
         self.newest[rows.index] = tokens
         return Ticket(rows, tokens, reports)
@@ -390,10 +391,10 @@ def make_runner(
         asked = f"{n_blocks * block_bytes / 1e9:.1f} GB" + (f" and {options.swap_gb:g} GB" if options.swap_gb else "")
         ways = "--kv-cache-gb, --gpu-memory-utilization or --swap-gb"
         raise ValueError(f"there is no memory for {asked} of cache; lower {ways}") from None
-    if device.type == "cuda":
-        runner.run_largest()  # so that no request meets what that compiles, or a lack of memory
     if compile:
         runner.warm_up()
+    if device.type == "cuda":
+        runner.run_largest()  # so that no request meets what that compiles, or a lack of memory beside the graphs
     hardware.synchronize(device)
     return runner
 
@@ -415,11 +416,11 @@ def free_memory(device: torch.device, share: float, trial: Callable[[], Runner])
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     runner = trial()
-    runner.run_largest()
     if runner.captures:
         runner.prepare(runner.max_running)
         for tokens in runner.mixed_tokens[-1:]:
             runner.prepare_mixed((runner.max_running, tokens))
+    runner.run_largest()  # last: a capture gives back what steps outside of graphs have held
     used = free - torch.cuda.mem_get_info(device)[0] - runner.cache.nbytes
     del runner
     gc.collect()

@@ -93,8 +93,10 @@ def test_launches_that_do_not_divide_into_steps_give_means() -> None:
     assert result["total_us"] == 204 / 4
 
 
-def test_the_kth_matrix_kernel_reads_the_kth_matrix() -> None:
-    result = taken_apart(in_a_row(STEP * 3), steps=3, read_gbs=2.0, rows=4)
+@pytest.mark.parametrize("kernel", ["_vector_kernel", "_product_kernel", "shared_kernel"])
+def test_the_kth_matrix_kernel_reads_the_kth_matrix(kernel: str) -> None:
+    step = [kernel if name == "_vector_kernel" else name for name in STEP]
+    result = taken_apart(in_a_row(step * 3), steps=3, read_gbs=2.0, rows=4)
     assert [row["part"] for row in result["parts"]] == ROLES
     assert [row["launches"] for row in result["parts"]] == [1, 2, 2, 2, 2, 2, 1, 1]
     assert [row["bytes"] for row in result["parts"]] == [None, 610, 90, 410, 1410, 810, 5000, None]

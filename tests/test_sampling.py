@@ -112,6 +112,13 @@ def test_filters_compose_with_rows_of_their_own_in_one_batch(kind):
     assert kept(got) == [slow_kept(x / t, **row) for x, t, row in zip(logits, temperatures, rows, strict=True)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-39, 9e-7])
+def test_what_is_too_cold_for_a_reciprocal_is_greedy(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, top_p=0.9)
+    assert params.temperature == 0.0
+    assert batch_of(params).greedy
+
+
 @KINDS
 def test_defaults_change_nothing(kind):
     logits = logits_of(kind)
