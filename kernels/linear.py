@@ -189,19 +189,17 @@ def launch(
     BM = triton.next_power_of_2(M)
     options = {
         "bias": x if weight.bias is None else weight.bias,
-        "norm": x if norm is None else norm,
         "out": out,
         "N": N,
-        "eps": eps,
         "K": K,
         "BIAS": weight.bias is not None,
-        "NORM": norm is not None,
         "MODE": mode,
         "BN": plan.BN,
         "PDL": language.pdl(x),
         "num_warps": plan.num_warps,
         **launch_options(x),
     }
+    norms = {"norm": x if norm is None else norm, "NORM": norm is not None, "eps": eps}
     grid = (triton.cdiv(N, plan.BN),)
     if packed:
         options |= {
@@ -216,17 +214,15 @@ def launch(
         }
         words = weight.data.view(torch.int16)
         if plan.across:
-            for name in ("norm", "NORM", "eps"):
-                del options[name]
             U = plan.BK // (plan.across * block_of(weight.format))
             shared_kernel[grid](x, words, BM=max(BM, 8), SK=plan.across, U=U, num_stages=plan.depth, **options)
         else:  # loads go to registers, a step ahead
-            packed_kernel[grid](x, words, BM=BM, AHEAD=plan.depth, num_stages=1, **options)
+            packed_kernel[grid](x, words, BM=BM, AHEAD=plan.depth, num_stages=1, **norms, **options)
     elif M == 1:
-        _vector_kernel[grid](x, weight.data, BK=BK, **options)
+        _vector_kernel[grid](x, weight.data, BK=BK, **norms, **options)
     else:
         BK = max(BK, 16)  # a tensor core's least
-        _tile_kernel[grid](x, weight.data, M=M, BM=max(BM, 16), BK=BK, num_stages=plan.depth, **options)
+        _tile_kernel[grid](x, weight.data, M=M, BM=max(BM, 16), BK=BK, num_stages=plan.depth, **norms, **options)
 
 
 @jit

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import language, tuning
 from kernels.language import jit, launch_options, tl, triton, wait
+from kernels.parts import add_parts
 from kernels.weight import Weight
 
 
@@ -28,13 +29,16 @@ class Stream:
 
     def whole(self) -> Tensor:
         """x with nothing left to be added."""
-        return self.normed(None, 0.0)[0]
+        if self.parts is not None:
+            add_parts(self.parts, self.x, bias=self.bias, add=True)
+            self.parts = self.bias = None
+        return self.x
 
     def normed(self, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
         """What the next matrix takes: RMSNorm(x; norm) if there were parts to add, else x and the norm to apply."""
-        if self.parts is None:
-            return self.x, norm
-        y = finish(self.parts, self.bias, self.x, add=True, norm=norm, eps=eps)
+        if self.parts is None or norm is None:
+            return self.whole(), norm
+        y = add_and_normalize(self.parts, self.bias, self.x, norm, eps)
         self.parts = self.bias = None
         return y, None
 
@@ -64,7 +68,8 @@ def rows_linear(
         residual.add(parts, weight.bias)
         return residual.x
     out = residual if residual is not None else x.new_empty(parts.shape[1:], dtype=out_dtype)
-    return finish(parts, weight.bias, out, add=residual is not None)
+    add_parts(parts, out, bias=weight.bias, add=residual is not None)
+    return out
 
 
 def product(
@@ -104,36 +109,24 @@ def product(
     return out
 
 
-def finish(
-    parts: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    add: bool = False,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-) -> Tensor:
-    """Put the sum of parts [splits, M, N] and bias in out, or `add` it to out; the result is RMSNorm(out), or out."""
+def add_and_normalize(parts: Tensor, bias: Tensor | None, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """Add parts [splits, M, N] and bias to x, as `add_parts`, and return its RMSNorm."""
     splits, M, N = parts.shape
-    y = out if norm is None else torch.empty_like(out)
-    BLOCK = triton.next_power_of_2(N)
-    if norm is None:
-        BLOCK = min(BLOCK, 1024)
-    _finish_kernel[(M, triton.cdiv(N, BLOCK))](
+    y, BLOCK = torch.empty_like(x), triton.next_power_of_2(N)
+    _normalize_kernel[(M,)](
         parts,
         bias,
         norm,
-        out,
+        x,
         y,
         N,
         M,
         eps,
         SPLITS=splits,
-        ADD=add,
         BLOCK=BLOCK,
-        PDL=language.pdl(out),
+        PDL=language.pdl(x),
         num_warps=min(max(BLOCK // 512, 1), 16),
-        **launch_options(out),
+        **launch_options(x),
     )
     return y
 
@@ -191,27 +184,23 @@ def _ask_for(rows, inputs):
 
 
 @jit(do_not_specialize=["M"])
-def _finish_kernel(parts, bias, norm, out, y, N, M, eps, SPLITS: tl.constexpr, ADD: tl.constexpr,
-                   BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """A block of one row, the whole of it where there is a norm."""
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _normalize_kernel(parts, bias, norm, x, y, N, M, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+                      PDL: tl.constexpr):  # fmt: skip
+    """One row."""
+    n = tl.arange(0, BLOCK)
     live = n < N
     at = tl.program_id(0).to(tl.int64) * N + n
     total = tl.zeros([BLOCK], tl.float32)
     if bias is not None:
         total += tl.load(bias + n, mask=live, other=0.0).to(tl.float32)
-    g = total
-    if norm is not None:
-        g = tl.load(norm + n, mask=live, other=0.0).to(tl.float32)
+    g = tl.load(norm + n, mask=live, other=0.0).to(tl.float32)
     wait(PDL)
-    if ADD:
-        total += tl.load(out + at, mask=live, other=0.0).to(tl.float32)
+    total += tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     for part in tl.static_range(SPLITS):
         total += tl.load(parts + at + part * (M.to(tl.int64) * N), mask=live, other=0.0)
-    dtype: tl.constexpr = out.dtype.element_ty
+    dtype: tl.constexpr = x.dtype.element_ty
     total = total.to(dtype)
-    tl.store(out + at, total, mask=live)
-    if norm is not None:
-        h = total.to(tl.float32)
-        h *= tl.rsqrt(tl.sum(h * h) / N + eps)
-        tl.store(y + at, g * h.to(dtype).to(tl.float32), mask=live)
+    tl.store(x + at, total, mask=live)
+    h = total.to(tl.float32)
+    h *= tl.rsqrt(tl.sum(h * h) / N + eps)
+    tl.store(y + at, g * h.to(dtype).to(tl.float32), mask=live)
