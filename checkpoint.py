@@ -22,7 +22,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 log = logging.getLogger("tachyon")
 
 DEFAULT_CHECKPOINT = "smollm2-135m"
+SAMPLING = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")  # of generation_config.json's fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Checkpoint:
     recipe: Recipe | None = None  # how the stored weights are quantized, if they are ...
     repack: bool = False  # ... by another library: not in our layout
     widened: "Checkpoint | None" = None  # the same as floats, which may be quantized anew: of a GGUF file with a recipe
+    sampling: Mapping[str, float] = field(default_factory=dict)  # how its makers would have it sampled: of SAMPLING
 
     @property
     def quantized(self) -> str | None:
@@ -359,6 +361,7 @@ def save_model(
     *,
     tokenizer: Tokenizer | None = None,
     eos_ids: Sequence[int] = (),
+    sampling: Mapping[str, float] | None = None,
     recipe: Recipe | None = None,
     scheme: export.Scheme | None = None,
     max_shard_bytes: int = 4 << 30,
@@ -394,7 +397,7 @@ def save_model(
     part.mkdir()
     try:
         _write_json(part / "config.json", config | special)
-        _write_json(part / "generation_config.json", special)
+        _write_json(part / "generation_config.json", special | ({"do_sample": True, **sampling} if sampling else {}))
         if scheme is not None:
             _write_json(part / "quantize_config.json", scheme.config)
         if tokenizer is not None:
@@ -487,6 +490,8 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     raw = _read_json(config_file)
     config, shards = read_config(raw, config_file), _weight_files(directory)
     quantization, tensors = raw.get("quantization_config"), functools.partial(_read_shards, shards)
+    generation_file = directory / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.is_file() else {}
     others = _is_foreign(quantization)
     if others:
         scheme = foreign.read_foreign(quantization, config_file, _headers(shards, foreign.DECISIVE))
@@ -500,11 +505,12 @@ def _open_directory(directory: Path, name: str) -> Checkpoint:
     return Checkpoint(
         name=name,
         config=config,
-        eos_ids=_eos_ids(directory, raw, tokenizer),
+        eos_ids=_eos_ids(directory, generation, raw, tokenizer),
         tensors=tensors,
         read_tokenizer=tokenizer,
         recipe=recipe,
         repack=others,
+        sampling={name: generation[name] for name in SAMPLING if generation.get(name) is not None},
     )
 
 
@@ -522,9 +528,7 @@ def _read_json(path: Path) -> dict:
     return document
 
 
-def _eos_ids(directory: Path, raw: Mapping, tokenizer: Callable[[], Tokenizer]) -> tuple[int, ...]:
-    generation_file = directory / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
+def _eos_ids(directory: Path, generation: Mapping, raw: Mapping, tokenizer: Callable[[], Tokenizer]) -> tuple[int, ...]:
     for source in (generation, raw):
         ids = source.get("eos_token_id")
         if ids is not None:

@@ -642,6 +642,7 @@ def serve(options: Options, parsed: argparse.Namespace) -> None:
     with server.bind(server_options) as bound:  # likewise
         source = checkpoint.open_checkpoint(options.checkpoint)
         tokenizer = source.tokenizer  # ValueError where there is none, before the weights are read
+        sampling = server_options.sampling(source.sampling)
         dtype = hardware.DTYPES[options.dtype]
         model = checkpoint.load_model(
             source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress
@@ -651,6 +652,7 @@ def serve(options: Options, parsed: argparse.Namespace) -> None:
             tokenizer,
             name=source.name,
             eos_ids=source.eos_ids,
+            sampling=sampling,
             engine_options=engine_options,
             options=server_options,
             max_seq_len=options.max_seq_len,

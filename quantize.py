@@ -341,8 +341,8 @@ def quantize(options: Options) -> dict:
     report = Report(sum(storage.format != "float" for storage in storages(recipe, source.config).values()))
     scheme = checkpoint.export_scheme(recipe, source.config) if options.export else None
     model = METHODS[options.method](source, options, recipe=recipe, device=device, dtype=dtype, report=report)
-    files = {"tokenizer": tokenizer, "eos_ids": source.eos_ids, "recipe": recipe, "scheme": scheme}
-    checkpoint.save_model(model, output, **files)
+    files = {"tokenizer": tokenizer, "eos_ids": source.eos_ids, "sampling": source.sampling}
+    checkpoint.save_model(model, output, recipe=recipe, scheme=scheme, **files)
     shutil.rmtree(work_folder(output), ignore_errors=True)  # whoever began it: there is no place for the result now
     return {
         "checkpoint": options.checkpoint,

@@ -13,10 +13,10 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cli
 import serving.request
+from sampling import SamplingParams
 from serving import protocol
 from serving.engine import Engine, Overloaded, Stopping
 from serving.metrics import Metrics
@@ -45,6 +46,7 @@ log = logging.getLogger("tachyon")
 access_log = logging.getLogger("tachyon.access")
 
 BODY_TIMEOUT_S = 30.0  # to send a body
+OPENAI_SAMPLING = SamplingParams(temperature=1.0)
 OPEN_PATHS = ("/", "/health")  # need no key
 PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
 
@@ -57,6 +59,11 @@ class ServerOptions:
     port: int = cli.option(8000, "port to listen at; 0 takes a free one")
     api_key: tuple[str, ...] = cli.option((), "answer only requests with this key; may be given several times")
     served_name: str | None = cli.option(None, "the model's name in the API (default: what --checkpoint says)")
+    sampling_defaults: str = cli.option(
+        "model",
+        "what a request leaves out of its sampling: the model's own generation_config.json's, or OpenAI's",
+        choices=("model", "openai"),
+    )
     cors_origin: tuple[str, ...] = cli.option((), "let pages of this origin use the API; may be given several times")
     max_requests: int = cli.option(2048, "requests answered at a time; others get status 429")
     max_answers: int = cli.option(128, "answers that one request may ask for: n for each of its prompts")
@@ -77,6 +84,18 @@ class ServerOptions:
         if any(not key.isascii() or not key.isprintable() or not key.strip() for key in self.api_key):
             raise ValueError("--api-key must be printable ASCII and not empty")
 
+    def sampling(self, own: Mapping[str, float]) -> SamplingParams:
+        """For what requests leave open: as the official API has it, and over that the checkpoint's `own` settings."""
+        if self.sampling_defaults == "openai" or not own:
+            return OPENAI_SAMPLING
+        try:
+            params = replace(OPENAI_SAMPLING, **own)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"generation_config.json: {error}; --sampling-defaults openai does without") from None
+        settings = ", ".join(f"{name} {value}" for name, value in own.items())
+        log.info(f"unless a request says otherwise, it is sampled with this model's {settings}")
+        return params
+
 
 @dataclass(kw_only=True)
 class Visit:
@@ -89,7 +108,7 @@ class Visit:
 
 
 class Service:
-    """The engine, as HTTP requests see it."""
+    """The engine, as HTTP requests see it; `sampling` is for what they leave open of theirs."""
 
     def __init__(
         self,
@@ -101,9 +120,11 @@ class Service:
         vocab_size: int,
         max_seq_len: int,
         options: ServerOptions,
+        sampling: SamplingParams = OPENAI_SAMPLING,
     ) -> None:
         self.tokenizer, self.name, self.eos_ids = tokenizer, options.served_name or name, frozenset(eos_ids)
         self.vocab_size, self.max_seq_len, self.options = vocab_size, max_seq_len, options
+        self.sampling = sampling
         self.max_prompt_tokens = min(options.max_prompt_tokens or max_seq_len, max_seq_len)
         self.engine = make_engine(self.deliver)
         self.metrics = Metrics(self.name, self.engine.stats)
@@ -143,7 +164,7 @@ class Service:
             self.check_tokens(tokens, field_name)
         lengths = [self._room(len(ids), body.length, "messages" if chat else "prompt") for ids in prompts]
         stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else self.eos_ids)
-        params = body.params(secrets.randbits(62) if body.seed is None else body.seed)
+        params = body.params(secrets.randbits(62) if body.seed is None else body.seed, self.sampling)
         id = ("chatcmpl-" if chat else "cmpl-") + id
         requests = [
             serving.request.Request(

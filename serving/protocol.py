@@ -6,6 +6,7 @@ JSON into checked values, and errors into the objects and status codes that the 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,7 +18,9 @@ MAX_STOPS = 16  # stop strings in a request, each ...
 MAX_STOP_LENGTH = 1024  # ... of so many characters at most
 MAX_LOGPROBS = 20
 INT63 = 2**63 - 1
-SAMPLING_FIELDS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"
+)  # fmt: skip
 
 # Fields of the official API that this server does not have, and the values with which they ask for nothing.
 NEUTRAL: dict[str, tuple] = {
@@ -159,13 +162,13 @@ class Generation(Strict):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     seed: int | None = Field(None, ge=-INT63 - 1, le=INT63, description="makes sampling repeatable")
-    temperature: float | None = Field(1.0, ge=0.0)
-    top_p: float | None = Field(1.0, gt=0.0, le=1.0)
-    top_k: int | None = Field(0, ge=-1, description="0 and -1 are off")
-    min_p: float | None = Field(0.0, ge=0.0, le=1.0)
+    temperature: float | None = Field(None, ge=0.0, description="default: the model's own, else 1; so for the others")
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    top_k: int | None = Field(None, ge=-1, description="0 and -1 are off")
+    min_p: float | None = Field(None, ge=0.0, le=1.0)
     presence_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float | None = Field(1.0, gt=0.0)
+    repetition_penalty: float | None = Field(None, gt=0.0)
     logit_bias: dict[str, float] | None = Field(None, description="token id: what is added to its logit, -100 to 100")
     max_tokens: int | None = Field(None, ge=1)
     ignore_eos: bool | None = False
@@ -209,9 +212,12 @@ class Generation(Strict):
         self.constraint_spec()
         return self
 
-    def params(self, seed: int) -> SamplingParams:
-        own = {name: getattr(self, name) for name in SAMPLING_FIELDS}
-        return SamplingParams(**own, top_k=max(self.top_k, 0), seed=seed)
+    def params(self, seed: int, defaults: SamplingParams) -> SamplingParams:
+        """How to sample; what the request leaves out is as in `defaults`."""
+        own = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        if own.get("top_k") == -1:
+            own["top_k"] = 0
+        return replace(defaults, **own, seed=seed)
 
     def constraint_spec(self) -> tuple[str, Any] | None:
         """("json" | "regex" | "choice" | "grammar", what it is), or None where the answer is free."""

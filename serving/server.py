@@ -20,7 +20,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import cli
 from model import Transformer
-from serving.api import ServerOptions, Service, make_app
+from sampling import SamplingParams
+from serving.api import OPENAI_SAMPLING, ServerOptions, Service, make_app
 from serving.engine import Engine, EngineOptions
 from serving.runner import make_runner
 from tokenizer import Tokenizer
@@ -135,6 +136,7 @@ def make_service(
     *,
     name: str,
     eos_ids: Sequence[int],
+    sampling: SamplingParams = OPENAI_SAMPLING,
     engine_options: EngineOptions,
     options: ServerOptions,
     max_seq_len: int | None = None,
@@ -153,6 +155,7 @@ def make_service(
         vocab_size=runner.vocab_size,
         max_seq_len=max_seq_len or runner.max_seq_len,
         options=options,
+        sampling=sampling,
     )
 
 

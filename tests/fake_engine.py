@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from serving.api import ServerOptions, Service
+from sampling import SamplingParams
+from serving.api import OPENAI_SAMPLING, ServerOptions, Service
 from serving.engine import EngineStats, Overloaded
 from serving.request import Output, Request, TokenLogprobs
 from serving.server import Server, bind
@@ -154,7 +155,13 @@ def request_bytes(body: dict, path: str = "/v1/completions") -> bytes:
 
 
 @contextmanager
-def serve(tokenizer: Tokenizer, script: Callable[[Request, int], Sequence[int]], **options) -> Iterator[Live]:
+def serve(
+    tokenizer: Tokenizer,
+    script: Callable[[Request, int], Sequence[int]],
+    *,
+    sampling: SamplingParams = OPENAI_SAMPLING,
+    **options,
+) -> Iterator[Live]:
     service = Service(
         lambda deliver: FakeEngine(deliver, script),
         tokenizer,
@@ -162,6 +169,7 @@ def serve(tokenizer: Tokenizer, script: Callable[[Request, int], Sequence[int]],
         eos_ids=tokenizer.eos_ids,
         vocab_size=tokenizer.vocab_size + 7,
         max_seq_len=4096,
+        sampling=sampling,
         options=ServerOptions(**{"port": 0, **options}),
     )
     live = Live(service)

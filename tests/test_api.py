@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from serving.api import OPENAI_SAMPLING, ServerOptions
 from serving.engine import EngineStats
 from serving.request import Request
 from tests.fake_engine import Live, request_bytes, serve
@@ -221,6 +222,22 @@ def test_a_request_without_a_seed_draws_another_each_time_at_temperature_1(live:
         post(live, {"prompt": "a", "temperature": None, "seed": None})
     first, second = (request.params for request in live.engine.requests)
     assert first.temperature == second.temperature == 1.0 and first.seed != second.seed
+
+
+def test_what_a_request_leaves_open_is_the_models(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tachyon")
+    options, own = ServerOptions(), {"temperature": 0.6, "top_k": 20}
+    sampling = options.sampling(own)
+    assert "temperature 0.6, top_k 20" in caplog.text
+    with serve(tokenizer, lambda request, index: [1], sampling=sampling) as live:
+        for body in ({}, {"temperature": None, "top_p": 0.5}, {"temperature": 0.0, "top_k": -1}):
+            assert post(live, {"prompt": "a"} | body).status_code == 200
+        drawn = [(r.params.temperature, r.params.top_k, r.params.top_p) for r in live.engine.requests]
+    assert drawn == [(0.6, 20, 1.0), (0.6, 20, 0.5), (0.0, 0, 1.0)]
+    assert ServerOptions(sampling_defaults="openai").sampling(own) == options.sampling({}) == OPENAI_SAMPLING
+    for bad in ({"top_p": 1.5}, {"temperature": "hot"}):
+        with pytest.raises(ValueError, match=r"generation_config\.json: .*--sampling-defaults openai"):
+            options.sampling(bad)
 
 
 def test_a_json_schema_holds_the_answer(client: openai.OpenAI) -> None:

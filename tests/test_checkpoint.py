@@ -191,6 +191,18 @@ def test_eos_ids_come_from_generation_config_then_config(zoo, copy):
     assert open_checkpoint(str(directory)).eos_ids == ()
 
 
+def test_sampling_comes_from_generation_config_and_is_saved(zoo, copy, tmp_path):
+    assert open_checkpoint(str(zoo / "llama3")).sampling == {}
+    directory = copy()
+    (directory / "generation_config.json").write_text(
+        '{"temperature": 0.6, "top_k": 20, "top_p": null, "num_beams": 4}'
+    )
+    own = open_checkpoint(str(directory)).sampling
+    assert own == {"temperature": 0.6, "top_k": 20}
+    save_model(load(zoo / "qwen2"), tmp_path / "saved", sampling=own)
+    assert open_checkpoint(str(tmp_path / "saved")).sampling == own
+
+
 def test_save_writes_eos_ids_as_number_list_or_null(zoo, tmp_path):
     model = load(zoo / "qwen2")
     for ids, written in (((2,), 2), ((2, 5), [2, 5]), ((), None)):

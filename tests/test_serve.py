@@ -337,6 +337,7 @@ def test_sigterm_under_load_finishes_the_streams_and_exits_0(tiny_directory: Pat
         (("--port", "-1"), "--port must be between"),
         (("--max-running", "0"), "--max-running must be at least 1"),
         (("--checkpoint", "random:llama-3.2-1b"), "has no tokenizer"),
+        (("--sampling-defaults", "mine"), "invalid choice: 'mine'"),
         (("--host", "256.0.0.1"), ""),
     ],
 )
