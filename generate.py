@@ -347,7 +347,7 @@ def run_stats(
 ) -> dict:  # fmt: skip
     """A run's stats: its figures, what they mean on this device, and what is `known` of how it was run."""
     peak = hardware.peak_memory_bytes(device)  # before the probe takes more
-    bandwidth = hardware.read_bandwidth(device, checkpoint.cache_dir())
+    bandwidth = hardware.read_bandwidth(device, checkpoint.cache_dir(), seen=bytes_per_s)
     return {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

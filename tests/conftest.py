@@ -187,7 +187,7 @@ def cache_folder(tmp_path_factory) -> Path:
     """A folder for $TACHYON_CACHE that knows this machine's bandwidth already: no test waits for the probe."""
     folder = tmp_path_factory.mktemp("cache")
     key = hardware.bandwidth_key(torch.device("cpu"))
-    (folder / "bandwidth.json").write_text(json.dumps({key: 1e10}))
+    (folder / "bandwidth.json").write_text(json.dumps({key: 1e12}))
     return folder
 
 

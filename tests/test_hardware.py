@@ -80,6 +80,16 @@ def test_bandwidth_is_probed_once_for_each_device(
     assert len(json.loads((tmp_path / "bandwidth.json").read_text())) == 2
 
 
+def test_a_run_that_reads_faster_than_the_probe_has_it_taken_again(probes: list, tmp_path: Path) -> None:
+    assert read_bandwidth(CPU, tmp_path, seen=5e9) == 1e9  # nothing was known
+    assert read_bandwidth(CPU, tmp_path, seen=1e9) == 1e9
+    assert read_bandwidth(CPU, tmp_path, seen=5e9) == 2e9
+    known = json.loads((tmp_path / "bandwidth.json").read_text())
+    assert list(known.values()) == [2e9] and len(probes) == 2
+    (tmp_path / "bandwidth.json").write_text(json.dumps(dict.fromkeys(known, 4e9)))
+    assert read_bandwidth(CPU, tmp_path, seen=5e9) == 4e9  # the third probe found 3e9
+
+
 @pytest.mark.parametrize("damage", ["", "{", "\x00"])
 def test_a_damaged_record_is_written_anew(probes: list, tmp_path: Path, damage: str) -> None:
     (tmp_path / "bandwidth.json").write_text(damage)
