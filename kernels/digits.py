@@ -6,8 +6,8 @@ one of bf16 costs, and nothing is rounded but x, to 2^-16 of its row's largest n
 that bf16 has, down to 2^-16 of it). Inputs that are to be int8 themselves (W8A8) are one digit.
 
 `split` makes the digits, normalizes on the way, and puts them in the order of the packed codes. For int8 both digits
-are columns of one product in `digits_kernel`. For fp8 they are rows of one of cuBLAS: tensor cores add products of e4m3
-up in 14 bits, and it moves these sums to fp32 in time.
+are columns of one product in `_digits_kernel`. For fp8 they are rows of one of cuBLAS: tensor cores add products of
+e4m3 up in 14 bits, and it moves these sums to fp32 in time.
 """
 
 from typing import NamedTuple
@@ -136,7 +136,7 @@ def _multiply(digits: Digits, weight: Weight, out: Tensor, add: bool, plan: tuni
     whole = min(plan.whole, columns)
     rest = max(N - whole * plan.BN, 0)  # outputs that are left to be added up from parts
     parts = out.new_empty(plan.splits, M, rest, dtype=torch.float32) if rest else digits.scale  # which is not written
-    digits_kernel[(tiles * (whole + (columns - whole) * plan.splits),)](
+    _digits_kernel[(tiles * (whole + (columns - whole) * plan.splits),)](
         TensorDescriptor.from_tensor(weight.data.view(torch.int8), [plan.BN, BK]),
         TensorDescriptor.from_tensor(digits.codes.flatten(0, 1), [D * plan.BM, BK]),
         digits.scale,
@@ -215,7 +215,7 @@ def _arrange(v, BLOCK: tl.constexpr):
 
 
 @jit(do_not_specialize=["M", "whole", "splits"])
-def digits_kernel(w, x, steps, scale, bias, out, parts, N, M, K, whole, splits, D: tl.constexpr, ADD: tl.constexpr,
+def _digits_kernel(w, x, steps, scale, bias, out, parts, N, M, K, whole, splits, D: tl.constexpr, ADD: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BN outputs of BM rows of D digits each, by a matrix of int8; `w` and `x` describe both tensors.
 

@@ -42,7 +42,7 @@ def rms_norm_kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
     if M:
         options = _row_meta(C) | language.launch_options(x)
-        _rms_norm[(M,)](x, weight, y, eps, C, PDL=language.pdl(x), **options)
+        _rms_norm_kernel[(M,)](x, weight, y, eps, C, PDL=language.pdl(x), **options)
     return y
 
 
@@ -61,7 +61,7 @@ def silu_mul_kernel(gate_up: Tensor) -> Tensor:
     y = gate_up.new_empty(M, width // 2)
     block = min(_TILE // 2, triton.next_power_of_2(width // 2))  # of gate, and as much of up
     if M:
-        _silu_mul[(M * triton.cdiv(width // 2, block),)](gate_up, y, width // 2, block, num_warps=4)
+        _silu_mul_kernel[(M * triton.cdiv(width // 2, block),)](gate_up, y, width // 2, block, num_warps=4)
     return y
 
 
@@ -175,7 +175,7 @@ def rope_write_kernel(
     half = triton.next_power_of_2(head_dim // 2)
     heads = max(1, min(_TILE // (2 * half), triton.next_power_of_2(max(n_heads, n_kv_heads))))  # in a program
     if M:
-        _rope_write[(T, triton.cdiv(n_heads, heads) + triton.cdiv(n_kv_heads, heads), B)](
+        _rope_write_kernel[(T, triton.cdiv(n_heads, heads) + triton.cdiv(n_kv_heads, heads), B)](
             qkv,
             cos,
             sin,
@@ -226,7 +226,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @jit
-def _rms_norm(x, weight, y, eps, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _rms_norm_kernel(x, weight, y, eps, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program a row."""
     dtype = x.dtype.element_ty
     cols = tl.arange(0, BLOCK)
@@ -240,7 +240,7 @@ def _rms_norm(x, weight, y, eps, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.c
 
 
 @jit
-def _silu_mul(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
     """One program a block of a row's F columns, consecutive programs along the row."""
     dtype = gate_up.dtype.element_ty
     blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
@@ -287,7 +287,7 @@ def _store_heads(cache, scale, at, cols, live, a, b, D: tl.constexpr):
 
 
 @jit
-def _rope_write(
+def _rope_write_kernel(
     qkv,
     cos,
     sin,

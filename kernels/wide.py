@@ -28,7 +28,7 @@ def suits(x: Tensor, weight: Weight) -> bool:
 
 
 def arrange(x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    """RMSNorm(x [M, K]; norm [K], eps), or x, with the inputs in the order of `wide_kernel`, [M, K up to a block]."""
+    """RMSNorm(x [M, K]; norm [K], eps), or x, with the inputs in the order of `_wide_kernel`, [M, K up to a block]."""
     M, K = x.shape
     y = x.new_empty(M, triton.cdiv(K, 128) * 128)
     BLOCK = triton.next_power_of_2(y.shape[1])
@@ -62,7 +62,7 @@ def wide_linear(
     x = arrange(x.contiguous(), norm=norm, eps=eps)
     parts = out if plan.splits == 1 else x.new_empty(plan.splits, M, N, dtype=torch.float32)
     grid = triton.cdiv(M, plan.BM), triton.cdiv(N, plan.BN), plan.splits
-    wide_kernel[grid](
+    _wide_kernel[grid](
         x,
         weight.data.view(torch.int16),
         weight.scale,
@@ -131,7 +131,7 @@ def _group(scale, zero, index, words, p: tl.constexpr, S: tl.constexpr, REP: tl.
 
 
 @jit(do_not_specialize=["M"])
-def wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr,
+def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr,
                 BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
                 PTX: tl.constexpr):  # fmt: skip
     """BN outputs of BM rows of arranged x by a matrix of int4, `w` its half-words; S is the number of warps.

@@ -1,0 +1,46 @@
+"""The kernels are compiled for GPUs that need not be there: what the interpreter cannot see.
+
+`compile_kernels` does it in a process of its own, since kernels in this one are the interpreter's.
+"""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kernels
+
+pytest.importorskip("triton")
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a program may have
+
+
+def compiled_for(capability: int) -> dict[str, int]:
+    """The kernels' names, and the most shared memory that a form of each takes."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.compile_kernels", str(capability)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    most: dict[str, int] = {}
+    for form in json.loads(done.stdout.splitlines()[-1]):
+        most[form["kernel"]] = max(most.get(form["kernel"], 0), form["shared"])
+    return most
+
+
+def test_every_kernel_compiles_for_a_hopper_and_fits_into_its_shared_memory() -> None:
+    most = compiled_for(90)
+    sources = "".join(path.read_text() for path in Path(inspect.getfile(kernels)).parent.glob("*.py"))
+    launched = set(re.findall(r"^ +(\w+_kernel)\[", sources, re.MULTILINE))
+    assert len(launched) > 15 and launched == most.keys()
+    assert max(most.values()) <= SHARED_MEMORY[90]
+
+
+def test_what_older_gpus_run_compiles_for_an_ampere() -> None:
+    most = compiled_for(80)
+    assert {"_vector_kernel", "_tile_kernel", "packed_kernel", "_attention_kernel", "_dequantize_kernel"} <= most.keys()
+    assert max(most.values()) <= SHARED_MEMORY[80]
