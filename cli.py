@@ -82,9 +82,8 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(
-            "error: out of memory; try a smaller --batch-size or --max-seq-len:", *str(error).split(), file=sys.stderr
-        )
+        remedy = "take fewer rows, a shorter context or a smaller model"
+        print(f"error: out of memory; {remedy}:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -267,8 +267,9 @@ def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> No
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
         raise ValueError(
-            f"the prompt has the token {max(prompt)} and the model knows {vocab_size}; its tokenizer is another model's"
+            f"the prompt has the token {wrong} and the model knows {vocab_size}; its tokenizer is another model's"
         )
     if len(prompt) >= max_seq_len:
         raise ValueError(

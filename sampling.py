@@ -1,7 +1,7 @@
 """From logits to the next token, row by row, without a host sync.
 
 Every row of a batch has its own parameters, held as device tensors. The filters are pure functions on logits [B, V]
-and compose to `probs`, the distribution that sampling draws from and that speculation compares. The randomness is a
+and compose to `probs`, the distribution that sampling draws from. The randomness is a
 hash of (seed, position, token): a row draws the same tokens alone, in any batch, compiled or not, on any device,
 and no generator state has to live inside a CUDA graph.
 """

@@ -310,7 +310,7 @@ def _key_block(k_cache, k_scale, moved, start, end, stride_s: tl.constexpr, D: t
 @jit
 def _value_block(v_cache, v_scale, moved, start, end, stride_s: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
                  BD: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """The same of values."""
+    """As `_key_block`, of values."""
     at = tl.cast(moved, tl.int64)
     scale_s: tl.constexpr = stride_s // D
     if v_scale is not None:
@@ -357,13 +357,13 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
                       WINDOW: tl.constexpr, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, BS: tl.constexpr,
                       BG: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, LOOP: tl.constexpr, PAGE: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
-    split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     """One split of a row's slots for the query heads of one key head, and by the last program their combination.
 
     S is the number of warps, BS how many slots are taken at a time, in a LOOP where a split has more; BG and BD are G
     and D rounded up. A split has SHORTEST slots at least. In a paged cache blocks have PAGE slots, a multiple of BS,
     stride_b is that of the tables, and SPLITS is 0, so that batches of all sizes run the same code.
     """
+    split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Position and older keys and values were there before this step began: they need no wait. The embedding is what
     # keeps it so, being launched only after all of the step before.
     pos = tl.load(input_pos + b).to(tl.int32)

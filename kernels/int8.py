@@ -20,12 +20,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return steps, scale[:, None]
 
 
-def int8_linear(x: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-    """y [M, N] = x [M, K] W^T + bias in `dtype`, with x rounded by `quantize_rows`; the weight's format is int8."""
+def int8_linear(x: Tensor, weight: Weight) -> Tensor:
+    """y [M, N] = x [M, K] W^T + bias in x's dtype, with x rounded by `quantize_rows`; the weight's format is int8."""
     steps, scale = quantize_rows(x)
     steps = steps.unflatten(1, (-1, 2, 8)).transpose(2, 3).flatten(1)  # byte p of half-word i is k = 8 p + i of 16
     y = (_product(steps, weight.data.view(torch.int8)) * scale).mul_(weight.scale)
-    return (y if weight.bias is None else y + weight.bias.float()).to(dtype)
+    return (y if weight.bias is None else y + weight.bias.float()).to(x.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ number of rows M:
 - more: cuBLAS over dequantized weights, or torch's product of integers where the inputs are to be int8 too, and
   `elementwise` for the rest.
 
-The norm costs no launch: a program reads all of x anyway and sums its squares on the way (y = r * W (g * x) with
-r = rsqrt(mean x^2 + eps)).
+For one row, and for tiles but in fp16, the norm costs no launch: a program reads all of x anyway and sums its squares
+on the way (y = r * W (g * x) with r = rsqrt(mean x^2 + eps)).
 """
 
 import torch
@@ -47,8 +47,8 @@ def linear(
     """y [M, N] = RMSNorm(x [M, K]; norm [K], eps) W^T + bias, then SiLU(gate) * up where `glu`, or + `residual`.
 
     With `glu` the matrix is gate over up and y is [M, N/2]. Without `norm`, x is taken as it is. `residual` [M, N]
-    is overwritten by the result and returned; it does not go with `glu`. Where it is a stream, what is returned may
-    lack something that the stream adds.
+    is overwritten by the result and returned; it does not go with `glu`. Where it is a stream, the product may be kept
+    in it as parts yet to be added: what is returned is not complete before `Stream.whole()`.
     """
     assert not (glu and residual is not None)
     if isinstance(x, Stream):
@@ -71,7 +71,7 @@ def linear(
     if norm is not None:
         x = elementwise.rms_norm(x, norm, eps)
     if weight.int8_inputs:
-        y = int8_linear(x, weight, x.dtype)
+        y = int8_linear(x, weight)
         return _finish(elementwise.silu_mul(y) if glu else y, residual, out_dtype)
     matrix = dequantize(weight, x.dtype)
     if residual is not None and weight.bias is None:

@@ -271,7 +271,7 @@ def _shared_words(w, t: tl.constexpr, u: tl.constexpr, last, N, step, ROW: tl.co
 
 @jit
 def _shared_vectors(x, M, step, u: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, U: tl.constexpr,
-                    BM: tl.constexpr, SK: tl.constexpr, SN: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+                    BM: tl.constexpr, SK: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """What of rows x [M, K] meets each code of a half-word, a tensor [4, 8, SK, BM / 8, 8] for each. Past the last row
     it is that one again.
     """
@@ -350,7 +350,7 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
             for t in tl.static_range(TILES):
                 words = words + (_shared_words(w, t, u, last, N, step, ROW, U, SK, SN, GLU, RAGGED),)
         for u in tl.static_range(U):
-            sides = sides + _shared_vectors(x, M, step, u, K, FORMAT, U, BM, SK, SN, RAGGED)
+            sides = sides + _shared_vectors(x, M, step, u, K, FORMAT, U, BM, SK, RAGGED)
         if FORMAT == "int4":
             for t in tl.static_range(TILES):
                 next_scales += _group_scales(scale, t, last, N, step + 1, SCALES, PER, U, SK, SN, GLU)

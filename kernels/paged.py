@@ -70,7 +70,7 @@ def prompt_attention_kernel(
     assert k_scale is None or k_scale.stride() == tuple(s // D for s in k_cache.stride()[:3])
     assert page & (page - 1) == 0
     out = q.new_empty(T, H * D) if out is None else out
-    plan = plan or tuning.prompt_plan(D, page, q)
+    plan = plan or tuning.prompt_plan(page, q)
     BM = max(plan.BM, triton.next_power_of_2(G))
     tokens = BM // G  # in a tile
     R = len(starts) - 1
@@ -209,7 +209,6 @@ def _prompt_kernel(q, input_pos, starts, k_cache, v_cache, k_scale, v_scale, tab
         if k_scale is not None:
             k_scale += head * stride_k // D
             v_scale += head * stride_k // D
-        low = 0
         if WINDOW:
             low = tl.maximum(pos - WINDOW + 1, 0) // BN * BN
         else:

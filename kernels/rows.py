@@ -25,6 +25,7 @@ class Stream:
 
     def add(self, parts: Tensor, bias: Tensor | None) -> None:
         """Leave parts [splits, M, C] and bias [C] to be added."""
+        assert self.parts is None, "the parts before have not been added yet"
         self.parts, self.bias = parts, bias
 
     def whole(self) -> Tensor:
@@ -186,7 +187,7 @@ def _ask_for(rows, inputs):
 @jit(do_not_specialize=["M"])
 def _normalize_kernel(parts, bias, norm, x, y, N, M, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
-    """One row."""
+    """Adds parts, bias and what x holds of one row, keeps the sum in x, and its RMSNorm in y."""
     n = tl.arange(0, BLOCK)
     live = n < N
     at = tl.program_id(0).to(tl.int64) * N + n

@@ -1,8 +1,10 @@
 """Block shapes: a table measured per GPU, and a rule for what it does not have.
 
 Nothing is tuned at start-up. `tuned.json` holds the best plan found by `python -m scripts.tune` for each matrix of the
-common models on the GPUs it ran on; a GPU or matrix that is not in it gets the rule's plan, which is derived from one
-thought: enough bytes in flight (16 to 32 KB of weights a program), enough programs to fill the chip.
+common models on the GPUs it ran on, which stand for others of their kind. A GPU or matrix that is not in it gets the
+rule's plan, derived from one thought: enough bytes in flight (16 to 32 KB of weights a program), enough programs to
+fill the chip. Plans for many rows (`rows_plan` and those around it) are rules alone, whose thresholds were measured on
+an H100 (README.md).
 """
 
 import functools
@@ -81,7 +83,7 @@ class RowsPlan(NamedTuple):
 TABLE = Path(__file__).with_name("tuned.json")
 
 
-HOPPERS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # a Hopper GPU runs as one of these what it was not tuned for
+HOPPERS = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # those tuned on: another Hopper GPU borrows their plans
 
 
 @functools.cache
@@ -91,7 +93,7 @@ def table(gpu: str) -> dict[str, list[int]]:
 
 
 def lookup(device: torch.device, key: str) -> list[int] | None:
-    """The plan that was measured for a key."""
+    """The plan that was measured for a key on this GPU, or on another Hopper where this is one; None without."""
     if device.type != "cuda":
         return None
     gpus = [torch.cuda.get_device_name(device)]
@@ -231,7 +233,7 @@ def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:
     return f"attention {n_kv_heads}x{head_dim} {kind}"
 
 
-def prompt_plan(head_dim: int, page: int, x: Tensor) -> PromptPlan:
+def prompt_plan(page: int, x: Tensor) -> PromptPlan:
     """For prompts over a paged cache with blocks of `page` slots."""
     if x.element_size() == 4:
         return PromptPlan(32, min(32, page), 4, 2)

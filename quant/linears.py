@@ -472,7 +472,7 @@ class W8A8Linear(Int8Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" or (x.is_cuda and x[..., 0].numel() <= most_rows("int8")):
             return super().forward(x)
-        return int8_linear(x.reshape(-1, self.in_features), self.packed, x.dtype).view(*x.shape[:-1], -1)
+        return int8_linear(x.reshape(-1, self.in_features), self.packed).view(*x.shape[:-1], -1)
 
     def has_operator(self, dtype: torch.dtype) -> bool:
         return self.native is not None

@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import checkpoint
 import cli
@@ -35,10 +34,10 @@ from scripts.traffic import Seen
 from serving.engine import Engine, EngineOptions
 from serving.request import Request
 
-if TYPE_CHECKING:
-    from serving.runner import Runner
-
 log = logging.getLogger("tachyon")
+
+ONLY_URL = ("rate", "ttft_limit_ms", "inter_token_limit_ms", "e2e_limit_ms", "api_key", "plot")
+ONLY_OFFLINE = ("checkpoint", "compile", "dtype", "quantize", "kv_dtype", "device", "repeats")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,11 @@ class Options(ModelOptions):
     def __post_init__(self) -> None:
         if self.offline == (self.url is not None):
             raise ValueError("give --offline or --url URL, one of them")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ONLY_URL if self.offline else ONLY_OFFLINE:
+            if getattr(self, name) != defaults[name]:
+                mode = "--offline" if self.offline else "--url"
+                raise ValueError(f"--{name.replace('_', '-')} does not go with {mode}; leave it out")
         if self.url is not None and not re.match("https?://[^/]", self.url):
             raise ValueError(f"--url {self.url} is no address; write http://HOST:PORT")
         for rate in self.rate:
@@ -84,8 +88,8 @@ class Options(ModelOptions):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {value}; got {getattr(self, name)}")
         if self.min_len > self.max_len:
             raise ValueError(f"--min-len {self.min_len} is more than --max-len {self.max_len}")
-        if self.rate and (self.offline or self.concurrency):
-            raise ValueError("--rate is of requests that come by chance to a --url; leave it out here")
+        if self.rate and self.concurrency:
+            raise ValueError("--rate is of requests that come by chance, --concurrency of users that wait: give one")
 
     @property
     def like(self) -> str:
@@ -207,7 +211,7 @@ def offline(options: Options, engine_options: EngineOptions) -> dict:
 
     model, load_s, quantize = options.load(longest=options.longest)
     start = time.perf_counter()
-    runner: Runner = make_runner(model, engine_options, kv_dtype=options.kv_dtype, compile=options.compile)
+    runner = make_runner(model, engine_options, kv_dtype=options.kv_dtype, compile=options.compile)
     # All of a benchmark's requests may wait.
     engine = Engine(runner, options=dataclasses.replace(engine_options, max_queued=0, max_queued_tokens=0))
     compile_s = time.perf_counter() - start
@@ -302,6 +306,8 @@ def main(arguments: list[str]) -> None:
     options, engine_options = cli.take_options(Options, parsed), cli.take_options(EngineOptions, parsed)
     if options.plot is not None:
         check_plot(options.plot)
+    if not options.offline and engine_options != EngineOptions():
+        raise ValueError("the engine's options are those of --offline; a server at --url has its own")
     if options.offline:
         checkpoint.cache_dir()  # holds what the compiled code needs: fails now rather than after the work
         result = offline(options, engine_options)

@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py; only its config is read")
+    checkpoint: str = cli.option(checkpoint.DEFAULT_CHECKPOINT, "as for generate.py")
     formats: str = cli.option("float", "of float, int8, int4, fp8 and attention, separated by commas")
     rows: str = cli.option("1", "how many rows of activations, separated by commas")
     jobs: int = cli.option(min(8, os.cpu_count() or 1), "processes that compile")

@@ -53,7 +53,9 @@ class EngineOptions:
     max_step_tokens: int = cli.option(
         0, "tokens in one step; fewer make smoother answers and slower prompts; 0 takes what suits the device"
     )
-    block_size: int = cli.option(0, "tokens in a block of the cache; 0 takes what suits the device")
+    block_size: int = cli.option(
+        0, "tokens in a block of the cache, a power of two of 16 or more for kernels; 0 takes what suits the device"
+    )
     no_prefix_caching: bool = cli.option(False, "do not reuse the keys and values of equal beginnings of prompts")
     kv_cache_gb: float | None = cli.option(
         None, "memory for the cache; without it, what --gpu-memory-utilization leaves, and 1 on the CPU"
@@ -105,13 +107,8 @@ class EngineStats:
     swaps: int = 0  # preemptions that swapped out
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    steps: int = 0
     failed_steps: int = 0
     failures_in_a_row: int = 0
-    step_s: float = 0.0  # the latest turn
-    host_s: float = 0.0  # of it, not waiting for the device
-    decodes: int = 0  # in the latest step
-    prefill_tokens: int = 0  # in the latest step
     alive: bool = True  # False: the engine's thread has ended by a mistake of its own
 
 
@@ -186,12 +183,10 @@ class Engine:
 
     def _sequences(self, request: Request) -> list[Sequence]:
         vocab = self.runner.vocab_size
-        if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < vocab:
-            worst = max(request.prompt, key=lambda token: max(token, vocab - token))
-            raise ValueError(f"the prompt has the token {worst}; the model knows 0 to {vocab - 1}")
-        for token in request.logit_bias:
-            if not 0 <= token < vocab:
-                raise ValueError(f"logit_bias has the token {token}; the model knows 0 to {vocab - 1}")
+        for name, tokens in (("the prompt", request.prompt), ("logit_bias", request.logit_bias)):
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
+                wrong = next(token for token in tokens if not 0 <= token < vocab)
+                raise ValueError(f"{name} has the token {wrong}; the model knows 0 to {vocab - 1}")
         return self.scheduler.sequences(request)
 
     def _check_limits(self, request: Request) -> None:
@@ -300,8 +295,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """One turn: notes from other threads, a step scheduled and launched, the results of the one before."""
-        begin, self._waited_s = time.monotonic(), 0.0
-        outputs = self._read_notes(begin)
+        outputs = self._read_notes(time.monotonic())
         step = self.scheduler.schedule()
         assert step is not None or self._flying or not self.scheduler.requests, "requests are left, and nothing runs"
         failures = self._stats.failures_in_a_row
@@ -318,15 +312,13 @@ class Engine:
             failures += 1
             outputs += self._fail(error)
         self._note_progress(step, outputs)
-        self._count(step, failures, begin)
+        self._count(failures)
         return outputs
 
     def _take(self) -> list[Output]:
         """Wait for the oldest step under way, and take its results."""
         step, ticket = self._flying[0]
-        begin = time.monotonic()
         tokens, logprobs = ticket.wait()
-        self._waited_s = time.monotonic() - begin
         self._flying.popleft()
         return self.scheduler.accept(step, tokens, logprobs)
 
@@ -391,9 +383,8 @@ class Engine:
                     request = self._queued.pop(request_id, None)
                     self._queued_tokens -= len(request.prompt) if request is not None else 0
 
-    def _count(self, step: Step | None, failures: int, begin: float) -> None:
+    def _count(self, failures: int) -> None:
         scheduler, counters, old = self.scheduler, self.scheduler.counters, self._stats
-        turn_s = time.monotonic() - begin
         self._stats = EngineStats(
             running=scheduler.running,
             waiting=scheduler.n_waiting,
@@ -404,11 +395,6 @@ class Engine:
             swaps=counters.swaps,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
-            steps=old.steps + (step is not None),
             failed_steps=old.failed_steps + (failures > old.failures_in_a_row),
             failures_in_a_row=failures,
-            step_s=turn_s,
-            host_s=turn_s - self._waited_s,
-            decodes=len(step.decodes) if step is not None else 0,
-            prefill_tokens=sum(work.count for work in step.prefills) if step is not None else 0,
         )

@@ -354,6 +354,8 @@ def make_runner(
     if compile:
         decoder = compile_model(model, max_seq_len=model.config.max_seq_len, batch_size=options.max_running)
     block_size = options.block_size or (64 if device.type == "cuda" else 16)
+    if decoder is not model and device.type == "cuda" and (block_size < 16 or block_size & (block_size - 1)):
+        raise ValueError(f"--block-size must be a power of two, 16 or more, for the kernels; got {block_size}")
     # On a CPU a long step would hold up all answers for seconds.
     max_step_tokens = options.max_step_tokens or max(8192 if device.type == "cuda" else 512, options.max_running)
     block_bytes = sum(x.nbytes for x in _storage(model, 1, block_size, kv_dtype, "meta"))

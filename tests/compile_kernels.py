@@ -19,13 +19,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from cache import StaticCache
 from hf_config import PRESETS
 from kernels import dequantize, draw, language, probe, tuning
 from kernels.decoder import Decoder
 from model import Transformer
 from paged import PagedBatch, PagedCache
 from quant.linears import RECIPES, Recipe, quantize_model
-from tests.conftest import new_cache
 
 META = torch.device("meta")
 
@@ -69,26 +69,32 @@ def model_of(name: str, recipe: Recipe | None = None, dtype: torch.dtype = torch
     return model.to(META)
 
 
+def storage(model: Transformer, kv_dtype: str | None) -> dict:
+    """What every cache for it is made with."""
+    sizes = {"n_layers": 1, "n_kv_heads": model.config.n_kv_heads, "head_dim": model.config.head_dim}
+    return {"dtype": model.norm.weight.dtype, "device": META, "kv_dtype": kv_dtype, **sizes}
+
+
 def decode(model: Transformer, *rows: int, length: int = 2048, kv_dtype: str | None = None) -> None:
     """A greedy step of so many rows."""
     for B in rows:
         decoder = Decoder(model, max_seq_len=length, batch_size=B)
         tokens, pos = (empty(B, 1, dtype=torch.int64) for _ in range(2))
-        x = decoder.hidden(tokens, pos, new_cache(model, batch=B, length=length, kv_dtype=kv_dtype))
+        x = decoder.hidden(tokens, pos, StaticCache.allocate(batch=B, max_seq_len=length, **storage(model, kv_dtype)))
         decoder.greedy(x, tokens, pos, length - 1)
 
 
 def prompt(model: Transformer, T: int, kv_dtype: str | None = None) -> None:
-    decoder, cache = Decoder(model, max_seq_len=T, batch_size=2), new_cache(model, batch=2, length=T, kv_dtype=kv_dtype)
+    decoder = Decoder(model, max_seq_len=T, batch_size=2)
     tokens, pos = (empty(2, T, dtype=torch.int64) for _ in range(2))
+    cache = StaticCache.allocate(batch=2, max_seq_len=T, **storage(model, kv_dtype))
     decoder.logits(decoder.hidden(tokens, pos, cache))
 
 
 def serve(model: Transformer, decodes: int, prompts: int = 0, kv_dtype: str | None = None) -> None:
     """A step of an engine: so many decoding sequences, and so many of 40 tokens."""
-    config, rows, T = model.config, decodes + prompts, decodes + 40 * prompts
-    sizes = {"n_layers": 1, "n_kv_heads": config.n_kv_heads, "head_dim": config.head_dim, "device": META}
-    cache = PagedCache.allocate(n_blocks=9, block_size=64, dtype=model.norm.weight.dtype, kv_dtype=kv_dtype, **sizes)
+    rows, T = decodes + prompts, decodes + 40 * prompts
+    cache = PagedCache.allocate(n_blocks=9, block_size=64, **storage(model, kv_dtype))
     tables, at, starts = (empty(*s, dtype=torch.int32) for s in ((rows, 32), (rows,), (prompts + 1,)))
     decoder = Decoder(model, max_seq_len=2048, batch_size=max(rows, 1))
     tokens, pos = (empty(1, T, dtype=torch.int64) for _ in range(2))

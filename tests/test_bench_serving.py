@@ -182,12 +182,16 @@ def test_what_a_server_refuses_is_counted_and_not_averaged(run, live: Live, caps
         (("--offline", "--max-len", "100000"), "more than"),
         (("--offline", "--shared-prefix", "100000"), "more than"),
         (("--offline", "--concurrency", "-1"), "--concurrency must be"),
-        (("--offline", "--rate", "1"), "--rate is of"),
+        (("--offline", "--rate", "1"), "--rate does not go with --offline"),
+        (("--offline", "--plot", "x.png"), "--plot does not go with --offline"),
+        (("--url", "http://127.0.0.1:9", "--compile"), "--compile does not go with --url"),
+        (("--url", "http://127.0.0.1:9", "--kv-cache-gb", "1"), "a server at --url has its own"),
         (("--url", "http://127.0.0.1:9", "--rate", "1", "--concurrency", "2"), "--rate is of"),
     ],
 )
 def test_options_that_cannot_be(options: tuple[str, ...], words: str, capsys, tiny_directory: Path) -> None:
+    model = () if "--url" in options else ("--checkpoint", str(tiny_directory), "--device", "cpu")
     with pytest.raises(SystemExit):
-        cli.run(bench_serving.main, ["--checkpoint", str(tiny_directory), "--device", "cpu", *options])
+        cli.run(bench_serving.main, [*model, *options])
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1

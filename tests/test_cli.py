@@ -114,7 +114,7 @@ def test_the_program_streams_text_and_ends_with_its_figures(tiny, run) -> None:
     assert done.stdout.count("\n") >= 1
     assert done.stderr.count("\n") == 1
     assert "12 new tokens at" in done.stderr
-    assert re.search(r"[\d.]+ GB/s = \d+% of the 10\.0 GB/s", done.stderr)
+    assert re.search(r"[\d.]+ GB/s = \d+% of the 1000\.0 GB/s", done.stderr)
 
 
 def samples(text: str) -> list[dict]:

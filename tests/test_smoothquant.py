@@ -73,7 +73,7 @@ def test_it_is_the_product_of_what_both_sides_round_to(shape: tuple[int, int, in
     x, linear = torch.randn(M, K, dtype=dtype), made(torch.randn(N, K, dtype=dtype), torch.randn(N, dtype=dtype))
     steps, scale = quantize_rows(x)
     expected = F.linear((steps * scale).double(), linear.dequantize(torch.float32).double(), linear.bias.double())
-    packed = int8_linear(x, linear.packed, dtype)
+    packed = int8_linear(x, linear.packed)
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2e-5}
     torch.testing.assert_close(packed, expected.to(dtype), **tolerance)  # what CUDA runs, from the packed layout
     for y in (linear(x), linear(x[:, None]).squeeze(1), linear(x)):
