@@ -19,7 +19,10 @@ _UINT32 = 0xFFFFFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one row is sampled. The filters apply in the order of the fields; each default switches its filter off."""
+    """How one row is sampled. The filters apply in the order of the fields; each default switches its filter off.
+
+    What is far outside of any use is refused: in fp32 it would make infinities of logits, and these NaN.
+    """
 
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens seen (Keskar et al. 2019)
     presence_penalty: float = 0.0  # subtracted once for every token generated so far
@@ -32,10 +35,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         bounds = {
-            "repetition_penalty": (0.0 < self.repetition_penalty < math.inf, "above 0, where 1 is off"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number, where 0 is off"),
-            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number, where 0 is off"),
-            "temperature": (0.0 <= self.temperature < math.inf, "at least 0, where 0 is greedy"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100.0, "between 0.01 and 100, where 1 is off"),
+            "presence_penalty": (abs(self.presence_penalty) <= 1e4, "between -10000 and 10000, where 0 is off"),
+            "frequency_penalty": (abs(self.frequency_penalty) <= 1e4, "between -10000 and 10000, where 0 is off"),
+            "temperature": (0.0 <= self.temperature <= 1e4, "between 0, which is greedy, and 10000"),
             "top_k": (self.top_k >= 0, "at least 0, where 0 is off"),
             "top_p": (0.0 < self.top_p <= 1.0, "above 0 and at most 1, where 1 is off"),
             "min_p": (0.0 <= self.min_p <= 1.0, "between 0 and 1, where 0 is off"),
@@ -175,7 +178,8 @@ def top_k_top_p(logits: Tensor, batch: SamplingBatch) -> Tensor:
     rank = torch.arange(best.shape[-1], device=best.device)
     p = best.masked_fill(rank >= batch.top_k, -math.inf).softmax(-1)
     before = p.cumsum(-1) - p  # probability of the tokens ahead of this one
-    kept = ((rank < batch.top_k) & (before < batch.top_p)).sum(-1, keepdim=True)  # [B, 1], at least 1
+    kept = ((rank < batch.top_k) & (before < batch.top_p)).sum(-1, keepdim=True)  # [B, 1]
+    kept = kept.clamp_(min=1)  # a row of NaN, and a top p that is 0 in fp32, keep none
     return logits.masked_fill(logits < best.gather(-1, kept - 1), -math.inf)
 
 

@@ -46,6 +46,10 @@ log = logging.getLogger("tachyon")
 access_log = logging.getLogger("tachyon.access")
 
 BODY_TIMEOUT_S = 30.0  # to send a body
+SEND_TIMEOUT_S = 60.0  # for a reader to take ...
+PIECE = 1 << 18  # ... so many bytes of an answer
+MAX_REPORTED = 1 << 22  # logprobs of a request's tokens and their alternatives
+MAX_FAILURES = 3  # steps that fail one after the other until the device counts as lost
 OPENAI_SAMPLING = SamplingParams(temperature=1.0)
 OPEN_PATHS = ("/", "/health")  # need no key
 PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
@@ -151,14 +155,12 @@ class Service:
         """What to ask of the engine, and what will become its answer; ApiError where it cannot be asked. Any thread."""
         self.check_model(body.model)
         chat = isinstance(body, ChatRequest)
+        self._check_size(body, 1 if chat else len(body.prompts))
         try:
             prompts = [self.chat_ids(body)] if chat else [self.prompt_ids(prompt) for prompt in body.prompts]
             constraint = self._constraint(body)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        if not 0 < len(prompts) * body.n <= self.options.max_answers:
-            most = self.options.max_answers
-            raise ApiError(400, f"{len(prompts)} prompts with n = {body.n}: 1 to {most} answers at a time", param="n")
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
         for field_name, tokens in (("logit_bias", bias), ("stop_token_ids", body.stop_token_ids or ())):
             self.check_tokens(tokens, field_name)
@@ -201,6 +203,16 @@ class Service:
             logprobs=body.alternatives is not None,
         )
         return reply, requests
+
+    def _check_size(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
+        """Refuse what would take too much to answer, before anything is done for it."""
+        answers, most = prompts * body.n, self.options.max_answers
+        if not 0 < answers <= most:
+            raise ApiError(400, f"{prompts} prompts with n = {body.n}: 1 to {most} answers at a time", param="n")
+        reported = 0 if body.alternatives is None else body.alternatives + 1
+        if answers * (body.length or self.max_seq_len) * reported > MAX_REPORTED:
+            message = f"more than {MAX_REPORTED} logprobs to report; ask for a smaller n, max_tokens or number of them"
+            raise ApiError(400, message, param="logprobs")
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -295,7 +307,14 @@ class Service:
         metrics, replies = self.metrics, self.replies
         for output in outputs:
             reply, prompt = replies.get(output.request_id, (None, 0))
-            if reply is None or (choice := reply.feed(prompt, output, now)) is None:
+            if reply is None:
+                continue
+            try:
+                choice = reply.feed(prompt, output, now)
+            except Exception:  # one answer's mistake is not the others'
+                log.exception("an answer could not be written")
+                reply.fail(ApiError(500, "the server made a mistake; its log has more"))
+            if reply.error is not None or choice is None:
                 continue
             if output.token_ids:
                 if choice.newest is None:
@@ -341,12 +360,18 @@ class Answering(Response):
         except asyncio.CancelledError:
             if not reply.was_cut:
                 raise
-            if (transport := scope.get("transport")) is not None:
-                transport.abort()  # closing would wait until the reader has read
+            self._abort(scope)
+        except TimeoutError:
+            self._abort(scope)
         finally:
             watcher.cancel()
             self.service.release(reply, self.requests)
             self._count()
+
+    @staticmethod
+    def _abort(scope: Scope) -> None:
+        if (transport := scope.get("transport")) is not None:
+            transport.abort()  # closing would wait until the reader has read
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -360,9 +385,11 @@ class Answering(Response):
         if reply.error is not None:
             raise reply.error
         if not reply.disconnected:
-            response = JSONResponse(reply.body())
-            await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
-            await send({"type": "http.response.body", "body": response.body})
+            response = await asyncio.to_thread(lambda: JSONResponse(reply.body()))  # logprobs make it long
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": response.raw_headers})
+            for begin in range(0, len(response.body), PIECE):
+                piece, more = response.body[begin : begin + PIECE], begin + PIECE < len(response.body)
+                await self._send(send, {"type": "http.response.body", "body": piece, "more_body": more})
 
     async def _stream(self, send: Send) -> None:
         """Events as they come. The status waits for the first one, so that a request that fails before has its own."""
@@ -370,15 +397,22 @@ class Answering(Response):
         await reply.wait()
         if reply.error is not None and not reply.tokens:
             raise reply.error
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        start = {"type": "http.response.start", "status": 200, "headers": headers}
         over = False
         while not over:
-            data, over = reply.take(), reply.done
             reply.sending = True
-            await send({"type": "http.response.body", "body": data, "more_body": not over})
+            if start is not None:  # waits where an answer before, on the same connection, has not been read
+                start = await self._send(send, start)
+            data, over = reply.take(), reply.done
+            await self._send(send, {"type": "http.response.body", "body": data, "more_body": not over})
             reply.sending = False
             if not over:
                 await reply.wait()
+
+    async def _send(self, send: Send, message: Message) -> None:
+        """TimeoutError where the reader takes nothing for long: it holds a place among those who are answered."""
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await send(message)
 
     def _count(self) -> None:
         reply, metrics = self.reply, self.service.metrics
@@ -424,12 +458,14 @@ class Gate:
         try:
             self._admit(scope)
             if post:
-                body = await self._body(scope, receive)
-                held = len(body)
-                self.bodies += held
-                if self.bodies > self.max_bodies:
-                    raise self.service.overloaded("the server holds too many large requests")
-                receive = replay(body, receive)
+                body = []
+                async for chunk in self._body(scope, receive):
+                    held += len(chunk)
+                    self.bodies += len(chunk)
+                    if self.bodies > self.max_bodies:
+                        raise self.service.overloaded("the server holds too many large requests")
+                    body.append(chunk)
+                receive = replay(b"".join(body), receive)
             await self.app(scope, receive, send_on)
         except ApiError as error:
             await error_response(error)(scope, receive, send_on)
@@ -463,8 +499,8 @@ class Gate:
         if length > self.max_body:
             raise self._too_large()
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        chunks, size = [], 0
+    async def _body(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
+        size = 0
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 while True:
@@ -474,9 +510,9 @@ class Gate:
                     size += len(message.get("body", b""))
                     if size > self.max_body:
                         raise self._too_large()
-                    chunks.append(message.get("body", b""))
+                    yield message.get("body", b"")
                     if not message.get("more_body"):
-                        return b"".join(chunks)
+                        return
         except TimeoutError:
             raise ApiError(
                 408, f"no complete body after {BODY_TIMEOUT_S:g} s", headers={"Connection": "close"}
@@ -560,10 +596,10 @@ def make_app(service: Service) -> FastAPI:
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return error_response(ApiError(400, f"the body is not JSON: {first['ctx']['error']}"))
-    return error_response(protocol.invalid(error.errors()))
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return error_response(ApiError(400, f"the body is not JSON: {errors[0]['ctx']['error']}"))
+    return error_response(protocol.invalid(errors))
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
@@ -634,8 +670,11 @@ def _add_information(app: FastAPI, service: Service) -> None:
     async def health() -> dict[str, str]:
         if service.draining:
             raise ApiError(503, "the server is shutting down")
-        if not service.engine.stats().alive:
+        stats = service.engine.stats()
+        if not stats.alive:
             raise ApiError(503, "the engine has stopped; the server's log says why")
+        if stats.failures_in_a_row >= MAX_FAILURES:
+            raise ApiError(503, f"the last {stats.failures_in_a_row} steps failed; the server's log says why")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -176,6 +176,7 @@ class Engine:
                 raise ValueError(f"there is a request {request.id} already")
             if limited:
                 self._check_limits(request)
+            request.queued = time.monotonic()
             self._live[request.id] = self._queued[request.id] = request
             self._queued_tokens += len(request.prompt)
             self._new.append(sequences)
@@ -363,8 +364,8 @@ class Engine:
             if not limit:
                 continue
             for request in requests.values():
-                if now - request.arrived < limit:
-                    break
+                if now - request.queued < limit:
+                    break  # the others came later
                 late.append((request.id, f"the request {text.format(limit)}"))
         return late
 

@@ -7,16 +7,20 @@ JSON into checked values, and errors into the objects and status codes that the 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from sampling import SamplingParams
 
+T = TypeVar("T")
+
 MAX_STOPS = 16  # stop strings in a request, each ...
 MAX_STOP_LENGTH = 1024  # ... of so many characters at most
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_FIELDS = 64  # of an object with fields of its own
 INT63 = 2**63 - 1
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"
@@ -102,8 +106,29 @@ def invalid(errors: Sequence[ErrorDetails]) -> ApiError:
     return ApiError(400, f"{field}: {message}" if field is not None else message, param=field and str(field))
 
 
+def few(data: Any, most: int) -> Any:
+    """`data`, unless it is an object of more fields than `most`: each that is wrong would cost an error of its own."""
+    if isinstance(data, dict) and len(data) > most:
+        raise ValueError(f"at most {most} fields; got {len(data)}")
+    return data
+
+
+class _FirstError(FailFast):
+    """A body may hold a million elements, each of them wrong: one error is enough."""
+
+    __hash__ = object.__hash__  # which unions of types need
+
+
+Many = Annotated[list[T], _FirstError()]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, data: Any) -> Any:
+        return few(data, MAX_FIELDS)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -148,7 +173,7 @@ class StructuredOutputs(Strict):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = False
     regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
+    choice: Many[str] | None = Field(None, min_length=1)
     grammar: str | None = Field(None, description="in Lark's notation")
 
 
@@ -159,22 +184,24 @@ class Generation(Strict):
     n: int | None = Field(1, ge=1)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] | None = None
     seed: int | None = Field(None, ge=-INT63 - 1, le=INT63, description="makes sampling repeatable")
-    temperature: float | None = Field(None, ge=0.0, description="default: the model's own, else 1; so for the others")
+    temperature: float | None = Field(None, ge=0.0, le=1e4, description="left out, the model's own, else 1")
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     top_k: int | None = Field(None, ge=-1, description="0 and -1 are off")
     min_p: float | None = Field(None, ge=0.0, le=1.0)
     presence_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float | None = Field(0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float | None = Field(None, gt=0.0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100.0)
     logit_bias: dict[str, float] | None = Field(None, description="token id: what is added to its logit, -100 to 100")
     max_tokens: int | None = Field(None, ge=1)
     ignore_eos: bool | None = False
     priority: int | None = Field(0, ge=-(2**31), le=2**31 - 1, description="the lower, the sooner")
     user: str | None = Field(None, description="accepted, and not kept")
-    cache_salt: str | None = Field(None, description="prefixes are shared only between requests of equal salts")
+    cache_salt: str | None = Field(
+        None, max_length=256, description="prefixes are shared only between requests of equal salts"
+    )
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_regex: str | None = None
@@ -195,12 +222,17 @@ class Generation(Strict):
             raise ValueError("a stop string must not be empty")
         return stops
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, bias: Any) -> Any:
+        return few(bias, MAX_BIASES)
+
     @field_validator("logit_bias")
     @classmethod
     def _biases(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         for token, value in (bias or {}).items():
-            if not (token.isascii() and token.isdigit()):
-                raise ValueError(f"{token!r} is not a token id")
+            if not (token.isascii() and token.isdigit() and len(token) <= 10):
+                raise ValueError(f"{token[:20]!r} is not a token id")
             if not -100.0 <= value <= 100.0:
                 raise ValueError(f"the bias of token {token} must be between -100 and 100; got {value}")
         return bias
@@ -246,7 +278,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
     name: str | None = None  # for templates that show it
 
     @model_validator(mode="before")
@@ -263,11 +295,16 @@ class Message(Strict):
 class Conversation(Strict):
     """What a chat template is given."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     add_generation_prompt: bool | None = True
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = Field(
         None, description="the template's own variables, as enable_thinking"
     )
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _few_variables(cls, kwargs: Any) -> Any:
+        return few(kwargs, MAX_FIELDS)
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -302,7 +339,7 @@ class ChatRequest(Conversation, Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -341,4 +378,4 @@ class TokenizeChatRequest(Conversation):
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]

@@ -44,6 +44,7 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     constraint: Callable[[], Constraint] | None = None  # makes one for each sample
     arrived: float = field(default_factory=time.monotonic)
+    queued: float = 0.0  # when the engine took it, from which on its time is limited
 
 
 class TokenLogprobs(NamedTuple):
@@ -77,7 +78,7 @@ class Sequence:
     params: "SamplingParams" = field(init=False)  # the request's, with this sample's seed
     constraint: Constraint | None = None
     mask: np.ndarray | None = None  # of the constraint, for the next token that is not drawn yet
-    tokens: list[int] = field(init=False)  # prompt and generated, known to the host
+    tokens: abc.Sequence[int] = field(init=False)  # prompt and generated, known to the host
     computed: int = 0  # tokens whose keys and values are written by the steps launched so far
     pending: int = 0  # tokens that launched steps draw and the host does not know yet
     blocks: list[int] = field(default_factory=list)  # on the device: its block table
@@ -101,10 +102,16 @@ class Sequence:
     def __post_init__(self) -> None:
         request = self.request
         self.params = dataclasses.replace(request.params, seed=request.params.seed + self.index)
-        self.tokens = list(request.prompt)
+        self.tokens = request.prompt
         if request.constraint is not None:
             self.constraint = request.constraint()
             self.mask = self.constraint.mask()
+
+    def append(self, token: int) -> None:
+        """One more token is known. Until their first one, samples share their prompt: it may be long, and they many."""
+        if self.tokens is self.request.prompt:
+            self.tokens = list(self.tokens)
+        self.tokens.append(token)
 
     @property
     def length(self) -> int:

@@ -277,7 +277,7 @@ class Scheduler:
             if token in request.stop_ids:
                 new, logprob, reason = [], None, "stop"
             else:
-                sequence.tokens.append(token)
+                sequence.append(token)
                 if sequence.constraint is not None:
                     reason, error = _advance(sequence, token)
                 if reason is None and len(sequence.tokens) >= sequence.end:

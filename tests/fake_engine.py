@@ -116,6 +116,7 @@ class Live:
 
     def __init__(self, service: Service) -> None:
         self.service, self.engine = service, service.engine
+        self.connections: list[socket.socket] = []
         bound = bind(service.options)
         self.port = bound.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -128,11 +129,14 @@ class Live:
         if not self.server.should_exit:
             self.server.handle_exit(15, None)
         self.thread.join(20)
+        for connection in self.connections:
+            connection.close()
         assert not self.thread.is_alive()
 
     def raw(self, data: bytes, *, size: int | None = None) -> socket.socket:
-        """A connection with this already sent."""
+        """A connection with this already sent; it is closed with the server at the latest."""
         connection = socket.socket()
+        self.connections.append(connection)
         if size is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
         connection.settimeout(20)

@@ -1,8 +1,10 @@
 """The HTTP API over a fake engine, by real connections; what a real one gives is in test_serve.py."""
 
 import contextlib
+import dataclasses
 import json
 import logging
+import select
 import socket
 import threading
 import time
@@ -12,7 +14,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
+from serving import protocol
 from serving.api import OPENAI_SAMPLING, ServerOptions
 from serving.engine import EngineStats
 from serving.request import Request
@@ -304,6 +308,12 @@ CHAT, TEXTS = "/v1/chat/completions", "/v1/completions"
         (TEXTS, {"stop": ["a"] * 17}, "at most 16"),
         (TEXTS, {"stop": "a" * 1025}, "of 1024 characters"),
         (TEXTS, {"logit_bias": {"a": 1}}, "not a token id"),
+        (TEXTS, {"logit_bias": {"9" * 5000: 1}}, "not a token id"),
+        (TEXTS, {"logit_bias": {str(i): 1 for i in range(1025)}}, "at most 1024"),
+        (TEXTS, {"cache_salt": "a" * 257}, "cache_salt: "),
+        (TEXTS, {"temperature": 1e39}, "temperature: "),
+        (TEXTS, {"repetition_penalty": 1e-39}, "repetition_penalty: "),
+        (CHAT, {f"field{i}": 0 for i in range(99)}, "at most 64 fields"),
         (TEXTS, {"logit_bias": {"1": 101}}, "between -100 and 100"),
         (TEXTS, {"logit_bias": {"100000": 1}}, "not one of the"),
         (TEXTS, {"stop_token_ids": [-1]}, "not one of the"),
@@ -327,6 +337,23 @@ def test_what_is_not_supported_or_wrong_is_refused_by_name(live: Live, path: str
     response = post(live, body | fields, path)
     assert response.status_code == 400 and words in message_of(response)
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [0] * 9999 + ["x"]},
+        {"prompt": [[0] * 9999 + ["x"]]},
+        {"prompt": "a", "stop": [0] * 9999},
+        {"prompt": "a", "stop_token_ids": ["x"] * 9999},
+        {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(9999)), "x")},
+        {"prompt": "a", **dict.fromkeys(map(str, range(9999)), 0)},
+    ],
+)
+def test_a_thousand_mistakes_cost_what_one_does(body: dict) -> None:
+    with pytest.raises(ValidationError) as caught:
+        protocol.CompletionRequest.model_validate(body)
+    assert caught.value.error_count() < 10
 
 
 def test_what_asks_for_nothing_is_taken(client: openai.OpenAI) -> None:
@@ -448,6 +475,32 @@ def test_a_reader_that_does_not_read_is_dropped(live: Live, tokenizer: Tokenizer
     assert post(live, {"prompt": "b", "max_tokens": 2}).status_code == 200
 
 
+def test_a_finished_answer_that_nobody_reads_holds_no_place(live: Live, tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr("serving.api.SEND_TIMEOUT_S", 0.3)
+    live.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    many = [tokenizer.encode("a")[0]] * 3000
+    monkeypatch.setattr(live.engine, "script", lambda request, index: many)
+    for stream in (False, True):
+        body = {"prompt": "a", "n": 8, "max_tokens": 3000, "stream": stream, "logprobs": 5}
+        with live.raw(request_bytes(body), size=4096) as connection:
+            live.wait(lambda: live.service.replies)
+            live.wait(lambda: not live.engine.live and not live.service.replies)
+            assert b"200 OK" in connection.recv(1000)
+
+
+def test_a_stream_behind_an_answer_not_read_is_not_kept(live: Live, tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr("serving.replies.MAX_UNREAD", 20000)
+    endless = [tokenizer.encode("a")[0]] * 200000
+    monkeypatch.setattr(live.engine, "script", lambda request, index: endless)
+    monkeypatch.setattr(live.service, "max_seq_len", 10**6)
+    live.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    first = {"prompt": "a", "max_tokens": 900, "logprobs": 5}
+    second = {"prompt": "a", "n": 8, "max_tokens": 200000, "stream": True}
+    with live.raw(request_bytes(first) + request_bytes(second), size=4096):
+        live.wait(lambda: len(live.engine.requests) == 2)
+        live.wait(lambda: not live.engine.live and not live.service.replies)
+
+
 def test_headers_are_limited(live: Live) -> None:
     connection = live.raw(b"GET / HTTP/1.1\r\n")
     with pytest.raises(ConnectionError):
@@ -508,6 +561,13 @@ def test_health_and_the_page_and_the_openapi_page(live: Live) -> None:
     assert {CHAT, TEXTS, "/tokenize", "/detokenize", "/v1/models", "/health", "/metrics"} <= paths.keys()
 
 
+def test_a_device_that_fails_step_after_step_is_no_healthy_one(live: Live, monkeypatch) -> None:
+    stats = dataclasses.replace(live.engine.stats(), failures_in_a_row=3)
+    monkeypatch.setattr(live.engine, "stats", lambda: stats)
+    lost = httpx.get(live.url + "/health")
+    assert lost.status_code == 503 and "3 steps failed" in message_of(lost)
+
+
 def test_the_access_log_has_figures_and_no_text(live: Live, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tachyon.access")
     secret = {"prompt": "hello there", "max_tokens": 3, "user": "hello there"}
@@ -544,6 +604,22 @@ def test_keys_open_everything_but_the_page_and_health(tokenizer: Tokenizer) -> N
                 else:
                     with pytest.raises(error):
                         client.models.list()
+
+
+def test_more_logprobs_than_fit_into_an_answer_are_refused(tokenizer: Tokenizer) -> None:
+    with serve(tokenizer, lambda request, index: [1], max_answers=128) as live:
+        body = {"messages": USER, "n": 100, "logprobs": True, "top_logprobs": 20}
+        refused = post(live, body, CHAT)
+        assert refused.status_code == 400 and "logprobs to report" in message_of(refused)
+        assert post(live, body | {"max_tokens": 2}, CHAT).status_code == 200
+
+
+def test_bodies_count_while_they_come(tokenizer: Tokenizer) -> None:
+    part = request_bytes({"prompt": "a" * 900})[:-1]
+    with serve(tokenizer, lambda request, index: [1], max_body_mb=0.001) as live, contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(live.raw(part)) for _ in range(80)]  # 64 of the largest are too many
+        readable, _, _ = select.select(waiting, [], [], 20)
+        assert b" 429 " in readable[0].recv(1000)
 
 
 def test_other_origins_are_let_in_only_when_asked(live: Live, tokenizer: Tokenizer) -> None:

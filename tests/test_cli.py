@@ -506,7 +506,7 @@ def test_prompts_that_are_empty(refused, tiny, tmp_path, monkeypatch) -> None:
     [
         (("--top-p", "1.5"), ("top_p", "at most 1", "1.5")),
         (("--top-p", "0"), ("top_p", "above 0", "0.0")),
-        (("--temperature", "-1"), ("temperature", "at least 0", "-1.0")),
+        (("--temperature", "-1"), ("temperature", "between 0", "-1.0")),
         (("--temperature", "nan"), ("temperature", "nan")),
         (("--top-k", "-3"), ("top_k", "-3")),
         (("--min-p", "2"), ("min_p", "2.0")),

@@ -254,17 +254,20 @@ def test_offline_requests_know_no_limits() -> None:
     assert gather(make(max_queued=1, max_queued_tokens=1).run(REQUESTS)) == expected(*REQUESTS)
 
 
-def ago(seconds: float, one: Request) -> Request:
-    return dataclasses.replace(one, arrived=time.monotonic() - seconds)
+def age(engine: Engine, seconds: dict[str, float]) -> None:
+    """Let requests have been with the engine for so long already."""
+    for name, passed in seconds.items():
+        engine._live[name].queued -= passed
 
 
 def test_who_waits_too_long_is_ended_and_who_runs_is_not() -> None:
     engine = make(FakeRunner(n_blocks=101, max_running=1), queue_timeout_s=60)
-    engine.add(ago(59, request("0", prompt(5))))
+    engine.add(request("0", prompt(5)))
     engine.step()
-    engine.scheduler.requests["0"][0].request.arrived -= 100
-    engine.add(ago(61, request("1", prompt(5))))
-    engine.add(ago(10, request("2", prompt(5))))
+    engine.add(request("1", prompt(5)))
+    late = dataclasses.replace(request("2", prompt(5)), arrived=time.monotonic() - 70)  # it took long to come
+    engine.add(late)
+    age(engine, {"0": 100, "1": 61, "2": 10})
     outputs = finish(engine)
     assert [found[1] for found in gather(outputs).values()] == ["abort", "length", "length"]
     (error,) = {output.error for output in outputs if output.error}
@@ -275,9 +278,9 @@ def test_who_takes_too_long_is_ended() -> None:
     engine = make(FakeRunner(n_blocks=101, max_running=1), timeout_s=60)
     engine.add(request("0", prompt(5)))
     outputs = turns(engine, 3)
-    engine.scheduler.requests["0"][0].request.arrived -= 60
-    engine.add(ago(61, request("1", prompt(5))))
+    engine.add(request("1", prompt(5)))
     engine.add(request("2", prompt(5), max_new_tokens=4))
+    age(engine, {"0": 62, "1": 61})
     outputs += finish(engine)
     found = gather(outputs)
     assert [found[name, 0][1] for name in "012"] == ["abort", "abort", "length"]

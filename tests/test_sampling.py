@@ -218,6 +218,19 @@ def test_probs_is_the_softmax_of_what_the_filters_keep(kind, temperature):
         torch.testing.assert_close(got, torch.tensor([w / sum(weights) for w in weights]), atol=2e-5, rtol=1e-3)
 
 
+def test_a_row_of_nan_or_a_top_p_that_is_nothing_hurts_no_other_row():
+    logits = torch.randn(3, V)
+    logits[1] = math.nan
+    params = [
+        SamplingParams(temperature=1.0, top_p=0.5),
+        SamplingParams(),
+        SamplingParams(temperature=1.0, top_p=1e-46),
+    ]
+    alone = sample(logits[:1], batch_of(params[0]), torch.tensor([5]))
+    drawn = sample(logits, batch_of(*params), torch.tensor([5, 5, 5]))
+    assert drawn[0] == alone[0] and 0 <= drawn[1] < V and drawn[2] == logits[2].argmax()
+
+
 @pytest.mark.parametrize("vary", ["seed", "position"])
 @pytest.mark.parametrize(
     "params",
@@ -339,13 +352,13 @@ def test_uniform_of_a_column_does_not_depend_on_how_many_there_are():
 @pytest.mark.parametrize(
     ("name", "values", "allowed"),
     [
-        ("temperature", [-1.0, -1e-9, math.inf, math.nan], "at least 0, where 0 is greedy"),
+        ("temperature", [-1.0, -1e-9, 1e39, math.inf, math.nan], "between 0, which is greedy, and 10000"),
         ("top_k", [-1], "at least 0, where 0 is off"),
         ("top_p", [1.5, 0.0, -0.1, math.nan], "above 0 and at most 1, where 1 is off"),
         ("min_p", [-0.1, 1.1, math.nan], "between 0 and 1, where 0 is off"),
-        ("repetition_penalty", [0.0, -1.0, math.inf, math.nan], "above 0, where 1 is off"),
-        ("presence_penalty", [math.inf, math.nan], "a finite number, where 0 is off"),
-        ("frequency_penalty", [-math.inf, math.nan], "a finite number, where 0 is off"),
+        ("repetition_penalty", [0.0, -1.0, 1e-39, math.inf, math.nan], "between 0.01 and 100, where 1 is off"),
+        ("presence_penalty", [1e39, math.nan], "between -10000 and 10000, where 0 is off"),
+        ("frequency_penalty", [-math.inf, math.nan], "between -10000 and 10000, where 0 is off"),
     ],
 )
 def test_parameters_out_of_range_are_refused_with_what_is_allowed(name, values, allowed):
