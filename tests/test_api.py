@@ -718,6 +718,8 @@ def refuses(port: int) -> bool:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it was in the queue of a socket that is being closed
+        pass
     return False
 
 
