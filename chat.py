@@ -87,5 +87,6 @@ def _save(messages: list[dict], name: str) -> None:
         return
     try:
         Path(name).write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        print(f"{len(messages)} messages are in {name}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -415,6 +415,7 @@ def save_model(
             size += sum(tensor.nbytes for tensor in rows.values())
             try:
                 save_file(rows, part / file, metadata={"format": "pt"})
+                shutil.copymode(part / "config.json", part / file)  # some versions make it the owner's alone
             except SafetensorError as error:
                 raise OSError(f"cannot write {directory / file} ({error}); nothing is left of it") from None
         if len(files) > 1:

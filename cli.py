@@ -92,10 +92,14 @@ def run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 def read_text(path: Path) -> str:
     """A file that the user named, as text; a byte order mark is no part of it."""
+    return decode_text(path.read_bytes(), str(path))
+
+
+def decode_text(data: bytes, source: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
+        raise ValueError(f"{source} is not UTF-8 text") from None
 
 
 def print_json(document: Any) -> None:

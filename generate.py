@@ -365,12 +365,17 @@ def run_stats(
 
 def describe(stats: dict) -> str:
     """Stats in one line for people."""
+    if not stats["decode_tok_s"]:  # nothing but first tokens, if that
+        speed = f"{stats['new_tokens']} new tokens"
+    else:
+        speed = (
+            f"{stats['new_tokens']} new tokens at {stats['decode_tok_s']:.1f} tok/s, {stats['decode_gbs']:.1f} GB/s = "
+            f"{stats['bandwidth_fraction']:.0%} of the {stats['read_gbs']:.1f} GB/s that this device reads"
+        )
     ttft = f"{stats['ttft_s'] * 1e3:.0f} ms" if stats["ttft_s"] is not None else "none"
     return (
-        f"{stats['prompt_tokens']} prompt tokens, first token after {ttft}; {stats['new_tokens']} new tokens at "
-        f"{stats['decode_tok_s']:.1f} tok/s, {stats['decode_gbs']:.1f} GB/s = {stats['bandwidth_fraction']:.0%} of the "
-        f"{stats['read_gbs']:.1f} GB/s that this device reads; load {stats['load_s']:.1f} s, compile "
-        f"{stats['compile_s']:.1f} s, peak memory {stats['peak_memory_gb']:.2f} GB; "
+        f"{stats['prompt_tokens']} prompt tokens, first token after {ttft}; {speed}; load {stats['load_s']:.1f} s, "
+        f"compile {stats['compile_s']:.1f} s, peak memory {stats['peak_memory_gb']:.2f} GB; "
         f"{weights_of(stats)} on {stats['device']}"
     )
 
@@ -472,7 +477,7 @@ def read_prompts(options: Options) -> list[str]:
     if options.prompt is not None:
         return [options.prompt]
     if options.prompt_file is None:
-        text = sys.stdin.read() if not sys.stdin.isatty() else ""
+        text = "" if sys.stdin.isatty() else cli.decode_text(sys.stdin.buffer.read(), "standard input")
         if not text.strip():
             raise ValueError("no prompt: give --prompt TEXT, --prompt-file FILE, --interactive, or standard input")
         return [text.removesuffix("\n")]

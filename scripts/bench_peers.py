@@ -9,6 +9,7 @@ that is not installed is left out. Figures are medians of tokens per second at b
 
 import contextlib
 import importlib.util
+import logging
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,8 @@ import torch
 
 import checkpoint
 import cli
+
+log = logging.getLogger("tachyon")
 
 PROMPT = "Once upon a time there was a small village by the sea, and in it lived"
 
@@ -93,6 +96,7 @@ def llama_cpp(path: str, ids: list[int], new: int, threads: int) -> Callable[[],
 
 
 ENGINES = {"tachyon": tachyon, "transformers": transformers, "llama_cpp": llama_cpp}
+PACKAGES = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"}
 
 
 def write_gguf(source: checkpoint.Checkpoint, path: Path) -> None:
@@ -124,6 +128,8 @@ def compare(options: Options) -> dict:
     source = source.widened or source
     ids = source.tokenizer.encode(PROMPT)
     names = [name for name in ENGINES if name == "tachyon" or importlib.util.find_spec(name)]
+    if missing := [PACKAGES[name] for name in ENGINES if name not in names]:
+        log.warning(f"not compared, as they are not installed: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as path, contextlib.ExitStack() as stack:
         model = checkpoint.load_model(source, device="cpu", dtype=torch.bfloat16)
         checkpoint.save_model(model, Path(path) / "hf", tokenizer=source.tokenizer, eos_ids=source.eos_ids)

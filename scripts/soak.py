@@ -23,6 +23,7 @@ from scripts.traffic import SAMPLE_TEXT, Target
 
 log = logging.getLogger("tachyon")
 
+START_S = 300.0  # for a server to start, which may have to load and to compile
 SETTLE_S = 10.0  # from the last user's leaving until nothing may be held
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -156,9 +157,23 @@ async def figures(target: Target) -> dict[str, float]:
     return {name: float(value) for name, value in found}
 
 
+async def ready(target: Target, pid: int | None) -> None:
+    """Waits for a server that `pid` is, and may have been started just now. OSError where nobody answers."""
+    until = time.monotonic() + (0.0 if pid is None else START_S)
+    while True:
+        try:
+            await target.ask("GET", "/health")
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        memory_mb(pid)  # ValueError where it has ended
+        await asyncio.sleep(0.2)
+
+
 async def soak(options: Options) -> dict:
     target, record = Target(url=options.url), Record()
-    await figures(target)  # an OSError where nobody answers yet
+    await ready(target, options.pid)
     start = time.monotonic()
     until = start + 60 * options.minutes
     users = [

@@ -46,9 +46,11 @@ class Target:
     async def send(self, method: str, path: str, body: dict | None = None) -> "Reply":
         parts, data = urlsplit(self.url), b"" if body is None else json.dumps(body).encode()
         secure = parts.scheme == "https"
-        reader, writer = await asyncio.open_connection(
-            parts.hostname, parts.port or (443 if secure else 80), ssl=ssl.create_default_context() if secure else None
-        )
+        port, context = parts.port or (443 if secure else 80), ssl.create_default_context() if secure else None
+        try:
+            reader, writer = await asyncio.open_connection(parts.hostname, port, ssl=context)
+        except OSError as error:
+            raise OSError(f"no server answers at {self.url} ({error}); start one there, or give its --url") from None
         with contextlib.ExitStack() as failing:
             failing.callback(writer.close)
             writer.write(self.head(method, path, len(data)) + data)

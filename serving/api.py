@@ -11,6 +11,7 @@ import hmac
 import json
 import logging
 import math
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -87,6 +88,9 @@ class ServerOptions:
             raise ValueError(f"--port must be between 0 and 65535; got {self.port}")
         if any(not key.isascii() or not key.isprintable() or not key.strip() for key in self.api_key):
             raise ValueError("--api-key must be printable ASCII and not empty")
+        for origin in self.cors_origin:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"--cors-origin {origin} is none; write https://HOST, http://HOST:PORT or *")
 
     def sampling(self, own: Mapping[str, float]) -> SamplingParams:
         """For what requests leave open: as the official API has it, and over that the checkpoint's `own` settings."""
@@ -207,7 +211,9 @@ class Service:
     def _check_size(self, body: ChatRequest | CompletionRequest, prompts: int) -> None:
         """Refuse what would take too much to answer, before anything is done for it."""
         answers, most = prompts * body.n, self.options.max_answers
-        if not 0 < answers <= most:
+        if not prompts:
+            raise ApiError(400, "the prompt is empty; give at least one", param="prompt")
+        if answers > most:
             raise ApiError(400, f"{prompts} prompts with n = {body.n}: 1 to {most} answers at a time", param="n")
         reported = 0 if body.alternatives is None else body.alternatives + 1
         if answers * (body.length or self.max_seq_len) * reported > MAX_REPORTED:

@@ -5,7 +5,7 @@
 
 A line is such an object, or a string, which is a prompt. The file may be larger than memory: it is looked through once
 for mistakes, and then read as the engine has room. A line that cannot be run, as one with too long a prompt, is
-reported in its place and the others go on.
+reported in its place and the others go on. A line's n answers have their `index`.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from serving.request import Output, Request
 from tokenizer import Tokenizer
 
 SAMPLING = {f.name: type(f.default) for f in dataclasses.fields(SamplingParams)}
+ROLES = ("system", "user", "assistant")
 KINDS = {str: "text", list: "a list", int: "a whole number", float: "a number"}
 FIELDS = {"id": str, "prompt": str, "messages": list, "max_new_tokens": int, "stop": list, "n": int, **SAMPLING}
 
@@ -50,7 +51,9 @@ def read(path: Path) -> Iterator[tuple[int, dict]]:
                     yield number, _fields(json.loads(text))
             except UnicodeDecodeError:
                 raise ValueError(f"{path}, line {number}, is not UTF-8 text") from None
-            except ValueError as error:  # also what json raises
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error.msg} in column {error.colno}") from None
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
 
 
@@ -76,6 +79,8 @@ def _fields(line: object) -> dict:
             raise ValueError(f"{name} must be {KINDS[kind]}; got {value!r}")
     if ("prompt" in line) == ("messages" in line):
         raise ValueError("give a prompt or messages, one of the two")
+    if "messages" in line:
+        line["messages"] = _messages(line["messages"])
     if not all(isinstance(text, str) and text for text in line.get("stop", ())):
         raise ValueError(f"stop must be a list of texts; got {line['stop']!r}")
     for name in ("max_new_tokens", "n"):
@@ -83,6 +88,21 @@ def _fields(line: object) -> dict:
             raise ValueError(f"{name} must be at least 1; got {line[name]}")
     SamplingParams(**{name: line[name] for name in SAMPLING if name in line})
     return line
+
+
+def _messages(messages: list) -> list[dict]:
+    """Messages as chat templates take them: those that the API takes, each with its content in one piece."""
+    if not messages:
+        raise ValueError("messages must not be empty")
+    plain = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        if not isinstance(content, str) or message.get("role") not in ROLES:
+            raise ValueError(f"a message has a role ({', '.join(ROLES)}) and a text as its content; got {message!r}")
+        plain.append(message | {"content": content})
+    return plain
 
 
 @dataclass(kw_only=True, eq=False)
@@ -118,10 +138,11 @@ class Job:
             return [head | {"finish_reason": "error", "error": self.error}]
         return [
             head
+            | ({"index": index} if self.request.n > 1 else {})
             | {"prompt_tokens": len(self.request.prompt), "token_ids": tokens, "text": text.text}
             | {"finish_reason": reason}
             | ({"error": self.error} if reason == "error" else {})
-            for tokens, text, reason in zip(self.token_ids, self.texts, self.reasons, strict=True)
+            for index, (tokens, text, reason) in enumerate(zip(self.token_ids, self.texts, self.reasons, strict=True))
         ]
 
 

@@ -5,6 +5,8 @@ would have to be ignored. Names are the OpenAI API's, then vLLM's. This file kno
 JSON into checked values, and errors into the objects and status codes that the official client expects.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
@@ -101,9 +103,28 @@ def invalid(errors: Sequence[ErrorDetails]) -> ApiError:
     if errors[0]["type"] == "extra_forbidden":
         name = ".".join(map(str, path))
         return ApiError(400, f"{name} is not supported by this server; leave it out", param=name)
-    same = [e["msg"] for e in errors if [part for part in e["loc"] if part != "body"][:1] == path[:1]]
-    message = " or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in same))
-    return ApiError(400, f"{field}: {message}" if field is not None else message, param=field and str(field))
+    same = [error for error in errors if [part for part in error["loc"] if part != "body"][:1] == path[:1]]
+    # Of the alternatives of a type the one that fits best is wrong furthest inside.
+    furthest = max(len(error["loc"]) for error in same)
+    same = [error for error in same if len(error["loc"]) == furthest]
+    message = " or ".join(dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in same))
+    place = _place([error["loc"] for error in same])
+    return ApiError(400, f"{place}: {message}" if field is not None else message, param=field and str(field))
+
+
+def _place(locations: Sequence[Sequence[int | str]]) -> str:
+    """Where in a body several errors are, as messages[0].content."""
+    # pydantic names the alternatives of a type on the way as well
+    known = [[part for part in loc if isinstance(part, int) or part in _names(Strict)] for loc in locations]
+    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len({*parts}) == 1, zip(*known, strict=False))]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shared).removeprefix(".")
+
+
+@functools.cache
+def _names(model: type["Strict"]) -> frozenset[str]:
+    """Of the fields of all that a body may hold."""
+    own = (field.alias or name for name, field in model.model_fields.items())
+    return frozenset(own).union(*map(_names, model.__subclasses__()))
 
 
 def few(data: Any, most: int) -> Any:

@@ -161,7 +161,11 @@ def make_service(
 
 def bind(options: ServerOptions) -> socket.socket:
     """A bound socket, so that a port in use is known before a model is loaded; nobody can connect yet."""
-    family, kind, proto, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+    try:
+        found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise OSError(f"--host {options.host}: {error.strerror}; give an address of this machine") from None
+    family, kind, proto, _, address = found[0]
     bound = socket.socket(family, kind, proto)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -206,7 +206,7 @@ def test_prompt_files_give_a_sample_for_each_prompt_in_order(tiny, run, tmp_path
 
 def test_standard_input_is_a_prompt(tiny, run, monkeypatch) -> None:
     expected = run(*tiny, "--prompt", "The quick", "--max-new-tokens", 6)
-    monkeypatch.setattr("sys.stdin", io.StringIO("The quick\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The quick\n")))
     assert run(*tiny, "--max-new-tokens", 6) == expected
 
 
@@ -497,7 +497,7 @@ def test_prompts_that_are_empty(refused, tiny, tmp_path, monkeypatch) -> None:
     assert "empty has no prompt: write one a line" in refused(*tiny, "--prompt-file", tmp_path / "empty")
     assert "the prompt is empty" in refused(*tiny, "--prompt", "")
     assert "missing" in refused(*tiny, "--prompt-file", tmp_path / "missing")
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert "no prompt: give --prompt TEXT" in refused(*tiny)
 
 

@@ -510,9 +510,9 @@ def test_the_prompt_is_taken_as_it_is() -> None:
 
 
 def test_standard_input_is_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"two\nlines\n")))
     assert read_prompts(Options()) == ["two\nlines"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b" \n")))
     with pytest.raises(ValueError, match="no prompt: give --prompt TEXT"):
         read_prompts(Options())
 

@@ -35,11 +35,15 @@ def test_lines_are_objects_or_strings_with_their_numbers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: Expecting"),
+        ("{", "line 2, is not JSON: Expecting"),
         ("[1]", "line 2: it is neither"),
         ({}, "give a prompt or messages"),
         ({"prompt": "a", "messages": []}, "one of the two"),
         ({"prompt": 3}, "prompt must be text; got 3"),
+        ({"messages": []}, "messages must not be empty"),
+        ({"messages": [{"role": "user"}]}, "a message has a role"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "a message has a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a message has a role"),
         ({"prompt": "a", "n": True}, "n must be a whole number; got True"),
         ({"prompt": "a", "n": 0}, "n must be at least 1; got 0"),
         ({"prompt": "a", "max_new_tokens": -1}, "max_new_tokens must be at least 1"),
