@@ -21,6 +21,17 @@ import torch
 T = TypeVar("T")
 
 
+SAMPLING_HELP = {
+    "repetition_penalty": "above 1 makes tokens of the prompt and the answer less likely",
+    "presence_penalty": "subtracted from the logit of a token that the answer has",
+    "frequency_penalty": "subtracted each time that the answer has it",
+    "temperature": "0 takes the most likely token; 1 samples the model's own distribution",
+    "top_k": "sample among the k most likely tokens; 0 is off",
+    "top_p": "sample among the fewest tokens whose probabilities reach p; 1 is off",
+    "min_p": "sample among tokens at least min_p times as likely as the likeliest; 0 is off",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with a mistake in the arguments shown as every other: in one line."""
 
@@ -100,6 +111,13 @@ def decode_text(data: bytes, source: str) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise ValueError(f"{source} is not UTF-8 text") from None
+
+
+def show_progress(done: int, total: int) -> None:
+    """Loading, as a line on a terminal."""
+    if sys.stderr.isatty():
+        end = "\r" if done < total else "\r\033[K"
+        print(f"loading {done / total:4.0%}", end=end, file=sys.stderr, flush=True)
 
 
 def print_json(document: Any) -> None:

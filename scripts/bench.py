@@ -17,7 +17,8 @@ import checkpoint
 import cli
 import hardware
 from cache import KV_DTYPES, check_kv_dtype
-from generate import SAMPLING_HELP, Generator, Meter, Request, weights_of
+from generator import Generator, Request
+from meter import Meter, weights_of
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
@@ -145,7 +146,7 @@ def prefill_work(generator: Generator, options: Options) -> float:
 def main(arguments: list[str]) -> None:
     parser = cli.Parser(prog="python -m scripts.bench", description=__doc__.split("\n\n")[0])
     cli.add_options(parser, Options)
-    cli.add_options(parser, SamplingParams, texts=SAMPLING_HELP)
+    cli.add_options(parser, SamplingParams, texts=cli.SAMPLING_HELP)
     parsed = parser.parse_args(arguments)
     options = cli.take_options(Options, parsed)
     params = cli.take_options(SamplingParams, parsed, skip=("seed",))

@@ -39,7 +39,8 @@ class Options:
 
 
 def tachyon(path: str, ids: list[int], new: int, threads: int) -> Callable[[], float]:
-    from generate import Generator, Meter, Request
+    from generator import Generator, Request
+    from meter import Meter
 
     torch.set_num_threads(threads)
     model = checkpoint.load_model(checkpoint.open_checkpoint(path), device="cpu", dtype=torch.bfloat16)

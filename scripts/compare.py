@@ -20,7 +20,7 @@ import cli
 import hardware
 from cache import KV_DTYPES, check_kv_dtype
 from checkpoint import Checkpoint
-from generate import Generator, show_progress
+from generator import Generator
 from model import Linear, Transformer
 from quant.linears import RECIPES, QuantizedLinear
 from sampling import SamplingParams
@@ -79,7 +79,7 @@ def compare(o: "Options") -> Iterator[dict]:
     reference = None
     for variant, source in zip(variants, sources, strict=True):
         model = checkpoint.load_model(
-            source, device=device, dtype=dtype, quantize=variant.quantize, progress=show_progress
+            source, device=device, dtype=dtype, quantize=variant.quantize, progress=cli.show_progress
         )
         quantize = variant.quantize or source.quantized
         figures = {"model": variant.name, "quantize": quantize, "kv_dtype": variant.kv_dtype, **_size(model)}

@@ -21,7 +21,8 @@ import checkpoint
 import cli
 import hardware
 from cache import KV_DTYPES, check_kv_dtype
-from generate import Answer, Generator, Request, show_progress, weights_of
+from generator import Answer, Generator, Request
+from meter import weights_of
 from model import Transformer
 from quant.linears import RECIPES
 from sampling import SamplingParams
@@ -243,7 +244,9 @@ def evaluate(options: Options) -> dict:
         tokens = source.tokenizer.encode(cli.read_text(options.text), special=False)
         rows = windows_of(tokens, context=options.context, windows=options.windows)
     dtype = hardware.DTYPES[options.dtype]
-    model = checkpoint.load_model(source, device=device, dtype=dtype, quantize=options.quantize, progress=show_progress)
+    model = checkpoint.load_model(
+        source, device=device, dtype=dtype, quantize=options.quantize, progress=cli.show_progress
+    )
     hardware.synchronize(device)
     result = {
         "checkpoint": options.checkpoint,

@@ -21,7 +21,7 @@ import torch
 
 import checkpoint
 import hardware
-from generate import Generator, Request
+from generator import Generator, Request
 
 if TYPE_CHECKING:
     from kernels.linear import Weight

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generate import Generator
+from generator import Generator
 
 LOGITS = 2**25  # numbers of fp32 logits at a time: 128 MiB
 

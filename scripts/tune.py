@@ -22,7 +22,7 @@ import torch
 import checkpoint
 import cli
 import hardware
-from generate import Generator, Request
+from generator import Generator, Request
 from kernels import linear, tuning
 from kernels.tuning import Plan
 from kernels.weight import Weight, block_of

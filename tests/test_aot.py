@@ -9,7 +9,7 @@ import torch
 
 import aot
 from checkpoint import load_model, open_checkpoint
-from generate import Generator, Request
+from generator import Generator, Request
 from hf_config import hf_config
 from model import Transformer
 from quant.linears import Int4Linear, Recipe, Storage

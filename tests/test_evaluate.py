@@ -17,7 +17,7 @@ import torch
 
 import checkpoint
 from checkpoint import load_model, open_checkpoint, save_model
-from generate import Generator
+from generator import Generator
 from quant.linears import RECIPES
 from scripts import bench, compare, evaluate, scoring
 from scripts.evaluate import Options, TaskModel

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cli
 from checkpoint import load_model, open_checkpoint, save_model
-from generate import Generator, Request
+from generator import Generator, Request
 from model import Transformer
 from quant.foreign import Matrix
 from quant.linears import Int4Linear, Int8Linear, QuantizedLinear, Recipe, Storage

@@ -13,7 +13,9 @@ from torch._dynamo.utils import counters
 
 import hardware
 from cache import KV_DTYPES
-from generate import Answer, Generator, Meter, Options, Request, describe, read_prompts
+from generate import Options, read_prompts
+from generator import Answer, Generator, Request
+from meter import Meter, describe
 from sampling import SamplingParams
 from tests.conftest import TINY, tiny_model
 from tokenizer import Tokenizer, load_tokenizer

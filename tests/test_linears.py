@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.linear
-from generate import Generator, Request
+from generator import Generator, Request
 from model import Linear, Transformer
 from quant import linears
 from quant.linears import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoint import DEFAULT_CHECKPOINT, load_model, open_checkpoint, save_model
-from generate import Generator, Request
+from generator import Generator, Request
 from scripts import evaluate
 from tests.conftest import run_transformers
 

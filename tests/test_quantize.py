@@ -22,6 +22,7 @@ import cli
 import generate
 import quantize
 from checkpoint import load_model, open_checkpoint, save_model
+from generator import Generator, Request
 from model import Transformer
 from quant import awq, gptq, resume
 from quant.linears import QuantizedLinear, Recipe, Storage
@@ -152,9 +153,9 @@ def test_it_generates_what_rounding_on_the_fly_generates(name, sources, run, tmp
     generation = ["--prompt", "The quick brown", "--max-new-tokens", "12", "--dtype", "float32", "--json"]
     document = json.loads(run("--checkpoint", "out", *generation, main=generate.main)[0])
     assert document["stats"]["quantize"] == name
-    generator = generate.Generator(load(sources["tied"], torch.float32, quantize=recipe), max_seq_len=64)
+    generator = Generator(load(sources["tied"], torch.float32, quantize=recipe), max_seq_len=64)
     prompt = open_checkpoint("out").tokenizer.encode("The quick brown")
-    request = generate.Request(prompt=prompt, max_new_tokens=12, stop_ids=frozenset(open_checkpoint("out").eos_ids))
+    request = Request(prompt=prompt, max_new_tokens=12, stop_ids=frozenset(open_checkpoint("out").eos_ids))
     list(generator.run([request]))
     assert document["samples"][0]["token_ids"] == request.token_ids
     if name in generate.RECIPES:

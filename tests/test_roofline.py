@@ -9,7 +9,7 @@ import torch
 
 import cli
 import hardware
-from generate import Generator, Request
+from generator import Generator, Request
 from kernels.decoder import Decoder, matrices
 from scripts import bench, roofline
 from scripts.roofline import LAYER_ROLES, Launch, breakdown, short_name, show

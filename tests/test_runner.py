@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cache import KV_DTYPES
-from generate import Generator
-from generate import Request as Prompt
+from generator import Generator
+from generator import Request as Prompt
 from kernels.decoder import Decoder
 from model import Transformer
 from sampling import SamplingParams

@@ -20,7 +20,8 @@ import pytest
 import cli
 import generate
 from checkpoint import load_model, open_checkpoint
-from generate import Generator
+from generator import Generator
+from generator import Request as Prompt
 from model import Transformer
 from sampling import SamplingParams
 from serving.api import ServerOptions
@@ -97,9 +98,7 @@ def text_of(live: Live, **body) -> str:
 def alone(tiny: tuple[Transformer, Tokenizer], ids: Sequence[int], new: int) -> str:
     """What the decoder loop of generate.py makes of a prompt, greedily."""
     model, tokenizer = tiny
-    request = generate.Request(
-        prompt=ids, params=SamplingParams(), max_new_tokens=new, stop_ids=frozenset(tokenizer.eos_ids)
-    )
+    request = Prompt(prompt=ids, params=SamplingParams(), max_new_tokens=new, stop_ids=frozenset(tokenizer.eos_ids))
     for _ in Generator(model, max_seq_len=600).run([request]):
         pass
     return tokenizer.decode(request.token_ids, continues=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels.linear
 import quantize
 from checkpoint import load_model, open_checkpoint, save_model
-from generate import Generator, Request
+from generator import Generator, Request
 from kernels import int8, language
 from kernels.int8 import int8_linear, quantize_rows
 from kernels.weight import most_rows

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from checkpoint import load_model, open_checkpoint
-from generate import Generator, Request
+from generator import Generator, Request
 from kernels import attention, elementwise, linear, packed
 from sampling import SamplingParams
 from tests.conftest import TINY, tiny_model
