@@ -1,10 +1,9 @@
 """Key/value caches behind one protocol.
 
-A cache is a row of layer caches that a forward pass writes and attends over, plus `narrow`, which gives a view of the
-first slots: attention reads exactly the view it is handed, so its cost follows the live length and never the
-allocated one. Slots past a row's own position are masked, so what a padded prompt, a rejected draft or an aborted
-answer left there is never read before it is overwritten. The cache does not know tokens, lengths or requests: who
-holds those decides what to keep.
+A cache is a row of layer caches that a forward pass writes and attends over. Attention reads exactly the view of a
+cache that it is handed, so its cost follows the live length and never the allocated one. Slots past a row's own
+position are masked, so what a padded prompt, a rejected draft or an aborted answer left there is never read before it
+is overwritten. The cache does not know tokens, lengths or requests: who holds those decides what to keep.
 
 Here is the cache that has a row for each row of a batch; `paged.py` has the one whose rows are made of blocks.
 """
@@ -36,8 +35,8 @@ class LayerCache(Protocol):
     def write(self, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
         """Store k, v [B, T, K, D] at positions input_pos [B, T]."""
 
-    def attend(self, q: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of q [B, T, H, D] over what is stored, as [B, T, H, D]."""
+    def attend(self, q: Tensor, mask: Any) -> Tensor:
+        """Attention of q [B, T, H, D] over what is stored, as [B, T, H, D]; `mask` is one of what `masks` returned."""
 
 
 class KVCache(Protocol):
@@ -45,8 +44,10 @@ class KVCache(Protocol):
 
     layers: Sequence[LayerCache]
 
-    def masks(self, input_pos: Tensor, window: int | None) -> tuple[Tensor | None, Tensor | None]:
-        """The masks for full and for sliding-window layers, as `LayerCache.attend` takes them."""
+    def masks(self, input_pos: Tensor, window: int | None) -> tuple[Any, Any]:
+        """Who sees what, for full and for sliding-window layers. The model hands it on to `LayerCache.attend` unseen:
+        a static cache has tensors bool [B, 1, T, S], or None where attention is plainly causal, a paged one has lists.
+        """
 
 
 def masks_of(input_pos: Tensor, length: int, window: int | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What runs a model fast on its device: our kernels where there is Triton, libraries on a CPU, else torch.compile.
+"""What runs a model fast: our kernels where there is Triton, compiled libraries on a CPU, else torch.compile.
 
 It has the model's `hidden` and `logits`, computes the same and takes the same caches, so whoever steps a model steps
 this by the same code.

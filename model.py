@@ -12,7 +12,7 @@ V vocabulary.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,8 @@ class Step(NamedTuple):
     cos: Tensor  # [B, T, 1, D/2] fp32
     sin: Tensor  # [B, T, 1, D/2] fp32
     input_pos: Tensor  # [B, T] int64
-    mask: Tensor | None  # [B, 1, T, S] bool, True where attended; None: causal over the view's last T slots
-    window_mask: Tensor | None  # the same for sliding-window layers
+    mask: Any  # who sees what, in the cache's own words; for layers with full attention
+    window_mask: Any  # for sliding-window layers
 
 
 class Linear(nn.Linear):

@@ -1,4 +1,4 @@
-"""A Transformer run through the kernels: what `Generator` steps on CUDA.
+"""A Transformer run through the kernels: what `Generator` and the serving engine's `Runner` step on CUDA.
 
 `Decoder` takes the modules of a `model.Transformer` as they are, weights included, and computes the same function in
 fewer launches. One token a row takes five a layer:
@@ -8,10 +8,10 @@ fewer launches. One token a row takes five a layer:
 
 On Hopper several rows take two more, where the projections' parts are added up and normalized (`rows.py`).
 
-Longer inputs run the same matrices by cuBLAS and the cache's own attention, with the elementwise work between them
-fused. Over a view of a paged cache tokens of many sequences come in one row: those with one token each take the same
-launch as above, and prompts a kernel of their own. Nothing is compiled but the kernels, which Triton keeps on disk, and
-nothing depends on a prompt's length.
+Longer inputs run the same matrices by cuBLAS or by the kernels for many rows (`linear.py` chooses) and the cache's own
+attention, with the elementwise work between them fused. Over a view of a paged cache tokens of many sequences come in
+one row: those with one token each take the same launch as above, and prompts a kernel of their own. Nothing is compiled
+but the kernels, which Triton keeps on disk, and nothing depends on a prompt's length.
 """
 
 from collections.abc import Callable, Sequence

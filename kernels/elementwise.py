@@ -1,4 +1,4 @@
-"""What lies between the matrices of a prompt: norms, SwiGLU, rotary embedding and the cache's write.
+"""What lies between matrices that do not take it in: norms, SwiGLU, rotary embedding and the cache's write.
 
 A long input leaves its matrices to cuBLAS and its attention to flash attention. What is left computes next to nothing
 and costs its memory traffic: three functions, each one launch that reads its inputs once and writes its results once.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import language
 from kernels.codes import encode
-from kernels.language import as_codes, jit, scale_of, tl, triton, wait
+from kernels.language import as_codes, jit, scale_of, silu, tl, triton, wait
 
 _TILE = 2048  # elements in a program's tile: with 4 warps, two 16-byte bf16 loads a thread
 
@@ -249,8 +249,8 @@ def _silu_mul_kernel(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
     live = cols < F
     gate = tl.load(gate_up + row * (2 * F) + cols, live, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * F) + F + cols, live, other=0.0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(y + row * F + cols, silu * up, live)
+    product = silu(gate).to(dtype).to(tl.float32) * up
+    tl.store(y + row * F + cols, product, live)
 
 
 @jit

@@ -42,6 +42,7 @@ __all__ = [
     "pdl",
     "ptx",
     "scale_of",
+    "silu",
     "store",
     "tl",
     "triton",
@@ -103,6 +104,11 @@ def along(dim: tl.constexpr, size: tl.constexpr, rank: tl.constexpr):
         if d != dim:
             i = tl.expand_dims(i, d)
     return i
+
+
+@jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
 
 
 @jit

@@ -28,7 +28,7 @@ from torch import Tensor
 from kernels import digits, elementwise, language, rows, tuning, wide
 from kernels.dequantize import dequantize, dequantize_twin
 from kernels.int8 import int8_linear
-from kernels.language import held, jit, launch_options, order, store, tl, triton, wait
+from kernels.language import held, jit, launch_options, order, silu, store, tl, triton, wait
 from kernels.packed import packed_kernel, shared_kernel
 from kernels.rows import Stream
 from kernels.weight import Weight, block_of, most_rows
@@ -128,11 +128,17 @@ def argmax(x: Tensor, weight: Weight, best: Tensor, *, norm: Tensor, eps: float)
     """
     if language.on_gpu(x) and len(x) <= most_rows(weight.format):
         return argmax_kernel(x, weight, best, norm=norm, eps=eps)
-    return argmax_twin(x, weight, best, norm=norm, eps=eps)
+    _fold(linear(x, weight, norm=norm, eps=eps), best)
 
 
 def argmax_twin(x: Tensor, weight: Weight, best: Tensor, *, norm: Tensor, eps: float) -> None:
-    top = linear(x, weight, norm=norm, eps=eps).float().max(-1)
+    """`argmax` in plain torch."""
+    _fold(linear_twin(x, weight, norm=norm, eps=eps), best)
+
+
+def _fold(logits: Tensor, best: Tensor) -> None:
+    """The largest of logits [M, V] into `best` [M], in plain torch."""
+    top = logits.float().max(-1)
     bits = top.values.view(torch.int32)
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
     torch.maximum(best, (key << 32) | (0xFFFFFFFF - top.indices), out=best)
@@ -281,7 +287,7 @@ def _vector_kernel(x, w, bias, norm, out, N, eps, K: tl.constexpr, BIAS: tl.cons
         rms = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
     y = tl.sum(a1, 1) * rms + b1
     if GLU:
-        y = y / (1.0 + tl.exp(-y)) * (tl.sum(a2, 1) * rms + b2)
+        y = silu(y) * (tl.sum(a2, 1) * rms + b2)
     if MODE == "argmax":
         tl.atomic_max(out, tl.max(tl.where(index < N, order(y, index), -(1 << 63)), 0))
     else:
@@ -329,7 +335,7 @@ def _tile_kernel(x, w, bias, norm, out, N, eps, M, K: tl.constexpr, BIAS: tl.con
     if GLU:
         if BIAS:
             acc2 += tl.load(bias + row + N).to(tl.float32)[:, None]
-        acc = acc / (1.0 + tl.exp(-acc)) * acc2
+        acc = silu(acc) * acc2
     store(out, acc + residual, index, N, M, MODE, BM)
 
 

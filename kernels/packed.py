@@ -22,7 +22,7 @@ row: DRAM opens a page for each, if they are not.
 """
 
 from kernels.dequantize import widen
-from kernels.language import along, held, jit, store, tl, triton, wait
+from kernels.language import along, held, jit, silu, store, tl, triton, wait
 
 
 @jit
@@ -233,7 +233,7 @@ def packed_kernel(x, w, scale, zero, bias, norm, out, N, M, eps, K: tl.constexpr
             y += ends[t * ENDS + ENDS - 1]
         if GLU:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, 8, BM]), [1, 2, 0]))
-            y = gate / (1.0 + tl.exp(-gate)) * up
+            y = silu(gate) * up
             store(out, y, base + t * 8 + tl.arange(0, 8), N, M, MODE, BM)
         else:
             if MODE == "add":
@@ -388,7 +388,7 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
             y += ends[t * ENDS + ENDS - 1]
         if GLU:
             gate, up = tl.split(tl.permute(tl.reshape(y, [SN, 2, 8, BM]), [0, 2, 3, 1]))
-            y = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [PART, BM])
+            y = tl.reshape(silu(gate) * up, [PART, BM])
         if MODE == "add":
             y += residuals[t]
         store(out, y, base + t * PART + tl.arange(0, PART), N, M, MODE, BM)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kernels import language
-from kernels.language import jit, launch_options, tl, triton, wait
+from kernels.language import jit, launch_options, silu, tl, triton, wait
 
 
 def add_parts(
@@ -70,7 +70,7 @@ def _add_parts_kernel(parts, row, column, bias, out, N, first, stride, width, co
         bias += first
     y = _sum(parts, stride, count, row, column, bias, n, keep)
     if GLU:
-        y = y / (1.0 + tl.exp(-y)) * _sum(parts, stride, count, row, column, bias, N + n, keep)
+        y = silu(y) * _sum(parts, stride, count, row, column, bias, N + n, keep)
     at = out + m * N + first + n
     if ADD:
         y += tl.load(at, mask=keep, other=0.0).to(tl.float32)

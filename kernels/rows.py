@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import language, tuning
-from kernels.language import jit, launch_options, tl, triton, wait
+from kernels.language import jit, launch_options, silu, tl, triton, wait
 from kernels.parts import add_parts
 from kernels.weight import Weight
 
@@ -162,7 +162,7 @@ def _product_kernel(x, w, bias, out, N, K, M, GLU: tl.constexpr, PARTS: tl.const
     n = tl.program_id(1) * (BN // HALVES) + tl.arange(0, BN // HALVES)
     if GLU:
         gate, up = tl.split(tl.reshape(acc, [BM, BN // 2, 2]))
-        acc = gate / (1.0 + tl.exp(-gate)) * up
+        acc = silu(gate) * up
     at = m[:, None].to(tl.int64) * N + n[None, :]
     if PARTS:
         at += part.to(tl.int64) * M * N

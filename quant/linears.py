@@ -246,7 +246,7 @@ class QuantizedLinear(nn.Module):
     Comments write W for the words in a row, G for its scales, B for its blocks.
     """
 
-    format: str  # as `kernels.linear.Weight` names it
+    format: str  # as a recipe's `Storage` names it
     layout: Layout
     group = 0
     few = 0  # rows up to which a CPU's operator over codes is faster than dequantizing them

@@ -24,7 +24,7 @@ import hardware
 from generator import Generator, Request
 
 if TYPE_CHECKING:
-    from kernels.linear import Weight
+    from kernels.weight import Weight
 
 
 class Launch(NamedTuple):
