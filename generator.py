@@ -103,7 +103,7 @@ class Generator:
         if not 0 < B <= self.batch_size:
             raise ValueError(f"got {B} requests for a batch size of {self.batch_size}")
         start = self._reuse(requests)
-        sampling = self._sampling(requests)
+        sampling = self.sampling_for(requests)
         longest = max(len(r.prompt) for r in requests)
         last_step = max(min(r.max_new_tokens, self.max_seq_len - len(r.prompt)) for r in requests) - 1
         self.prefill([r.prompt for r in requests], start, sampling)
@@ -169,7 +169,7 @@ class Generator:
 
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Compile and capture everything that these requests will use, on made-up tokens."""
-        B, sampling = len(requests), self._sampling(requests)
+        B, sampling = len(requests), self.sampling_for(requests)
         longest = max(len(r.prompt) for r in requests)
         end = min(longest + max(r.max_new_tokens for r in requests), self.max_seq_len)
         with torch.no_grad():
@@ -225,7 +225,7 @@ class Generator:
         shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, cached, strict=False))
         return sum(1 for _ in shared)
 
-    def _sampling(self, requests: Sequence[Request]) -> SamplingBatch:
+    def sampling_for(self, requests: Sequence[Request]) -> SamplingBatch:
         """The requests' sampling parameters, in the memory that graphs of their kind were captured with."""
         new = SamplingBatch([r.params for r in requests], vocab_size=self.model.config.vocab_size, device=self.device)
         for row, request in enumerate(requests):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cache import StaticCache, StaticLayer
-from kernels import attention, elementwise, linear, paged, rows, tuning
+from kernels import attention, elementwise, linear, prompt_attention, rows, tuning
 from kernels.attention import Heads, Pages
 from kernels.weight import Weight, most_rows
 from model import Block, Transformer
@@ -103,7 +103,7 @@ class Decoder:
                 stored = {"k_cache": kv.k, "v_cache": kv.v} | scales
                 flat = {name: None if x is None else x.flatten(0, 1)[None] for name, x in stored.items()}
                 q = elementwise.rope_write(qkv[n:], cos, sin, input_pos=slots, **heads.rope_options, **flat)
-                paged.prompt_attention(q, pos, starts, kv.k, kv.v, heads, prompts, **scales, out=y[n:])
+                prompt_attention.prompt_attention(q, pos, starts, kv.k, kv.v, heads, prompts, **scales, out=y[n:])
             return y
 
         return attend

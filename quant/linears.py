@@ -229,8 +229,8 @@ def _round(groups: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Ten
     return (steps + middle).clamp(*code_range(bits, symmetric=zero is None)).to(torch.uint8)
 
 
-def _written(x: Tensor) -> Tensor:
-    """`x`, contiguous, which a compiler that inlines how operands come about would else make anew for every row."""
+def _materialized(x: Tensor) -> Tensor:
+    """`x`, contiguous, in memory: Inductor would else compute what makes it anew for each row of the matrix."""
     return x.as_strided(x.shape, x.stride())
 
 
@@ -446,9 +446,9 @@ class Int8Linear(_ByteLinear):
         if self.native is None:
             return None
         if torch.compiler.is_compiling() and x.shape[0] == 1:  # no `len`, which would have to be a number
-            return ((self.native.float() * _written(x.float())).sum(-1) * self.scale)[None]
+            return ((self.native.float() * _materialized(x.float())).sum(-1) * self.scale)[None]
         if self.has_operator(x.dtype) and x.shape[0] <= self.few:
-            return torch._weight_int8pack_mm(_written(x.contiguous()), self.native, self.ones) * self.scale
+            return torch._weight_int8pack_mm(_materialized(x.contiguous()), self.native, self.ones) * self.scale
         return None
 
     def _multiply_slice(self, x: Tensor, rows: slice) -> Tensor:
@@ -508,7 +508,9 @@ class Fp8Linear(_ByteLinear):
     def multiply(self, x: Tensor) -> Tensor | None:
         if self.native is None or not torch.compiler.is_compiling() or len(x) > 1:
             return None
-        x = _written(x.float() * 2.0**64)  # a part of 2^120 and the rest below, so that nothing leaves fp32's range
+        x = _materialized(
+            x.float() * 2.0**64
+        )  # a part of 2^120 and the rest below, so that nothing leaves fp32's range
         return ((self._bits(self.native) * x).sum(-1) * 2.0**56 * self.scale)[None]
 
 
@@ -600,7 +602,7 @@ class Int4Linear(QuantizedLinear):
         """
         pad, own = -self.in_features % 128, 128 // self.group
         x = F.pad(x.float(), (0, pad)).view(-1, 4, 16, 2).permute(1, 3, 0, 2)
-        x = _written(x.contiguous())  # [p, h, B, w]
+        x = _materialized(x.contiguous())  # [p, h, B, w]
         words = self.data.view(self.out_features, -1, 16)  # [N, B, w]
         scale, zero = (
             None if t is None else F.pad(t.float(), (0, pad // self.group)).unflatten(1, (-1, own, 1))

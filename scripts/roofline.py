@@ -62,7 +62,7 @@ def trace(generator: Generator, requests: Sequence[Request], length: int, *, ste
             f"--roofline traces Triton kernels and this model runs as {type(decoder).__name__}; "
             "use --compile with CUDA, and install triton"
         )
-    sampling = generator._sampling(requests)
+    sampling = generator.sampling_for(requests)
 
     def run(count: int) -> None:
         for _ in range(count):

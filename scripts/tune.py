@@ -284,7 +284,7 @@ def step_time(model: Transformer, rows: int, contexts: Sequence[int] = (160,)) -
     """Median microseconds of a greedy decode step over some tokens of context, for each number of them."""
     tuning.forget()
     generator = Generator(model, max_seq_len=max(contexts) + 64, batch_size=rows, compile=True)
-    sampling = generator._sampling([Request(prompt=[0]) for _ in range(rows)])
+    sampling = generator.sampling_for([Request(prompt=[0]) for _ in range(rows)])
     bursts = 16 // generator.burst
 
     def microseconds(length: int) -> float:

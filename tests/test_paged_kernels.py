@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cache import KV_DTYPES
-from kernels import attention, codes, language, paged, tuning
+from kernels import attention, codes, language, prompt_attention, tuning
 from kernels.attention import Heads, Pages, Scratch
 from kernels.decoder import Decoder
 from kernels.tuning import AttentionPlan, PromptPlan
@@ -162,11 +162,11 @@ def check_prompts(
     q = random(len(pos), heads.n_heads, heads.head_dim, dtype=dtype)
     if dtype != torch.float32:
         twin.k, twin.v = twin.k.float(), twin.v.float()
-    want = paged.prompt_attention_twin(
+    want = prompt_attention.prompt_attention_twin(
         q.float(), pos, starts, twin.k, twin.v, heads, Pages(pool.tables, rows), **twin.scales
     )
     out = torch.full_like(want, NAN, dtype=dtype)
-    got = paged.prompt_attention_kernel(
+    got = prompt_attention.prompt_attention_kernel(
         q, pos, starts, pool.k, pool.v, heads, Pages(pool.tables, rows), **pool.scales, out=out, plan=plan
     )
     assert got is out
