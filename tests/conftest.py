@@ -5,6 +5,7 @@ transformers runs in a subprocess with another working directory: its optional `
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,8 @@ from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and lose much where cores are shared
+# A shell lets what it runs in the background ignore Ctrl-C, and programs started by the tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",
