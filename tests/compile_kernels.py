@@ -110,7 +110,7 @@ def ampere() -> None:
     decode(model_of("smollm2-135m"), 1, 3)
     serve(model_of("qwen3-0.6b"), 5, 2, "int8")
     decode(model_of("qwen2.5-0.5b", asymmetric, torch.float16), 1, 8)
-    decode(model_of("llama-3.1-8b", RECIPES["int8"]), 1, 16, 100)
+    decode(model_of("llama-3.1-8b", RECIPES["int8"]), 16, 100)
 
 
 def hopper() -> None:
@@ -121,11 +121,12 @@ def hopper() -> None:
     serve(qwen, 1)
     serve(qwen, 200, 2)
     serve(model_of("smollm2-135m", sliding_window=100), 0, 2)
-    decode(llama, 1, 16, 100, length=32768)
+    decode(llama, 16, 100, length=32768)
     for recipe in (*RECIPES.values(), Recipe(format="w8a8", head="int8")):
         model = model_of("llama-3.1-8b", recipe)
-        decode(model, 1, 3, 16)
+        decode(model, 1, 16)
         serve(model, 250)
+    decode(model_of("llama-3.1-8b", RECIPES["int4"]), 3)
     serve(model_of("llama-3.1-8b", RECIPES["int4"]), 0, 13)
     for kv_dtype in ("int8", "fp8"):
         decode(qwen, 2, kv_dtype=kv_dtype)
