@@ -50,7 +50,8 @@ BODY_TIMEOUT_S = 30.0  # to send a body
 SEND_TIMEOUT_S = 60.0  # for a reader to take ...
 PIECE = 1 << 18  # ... so many bytes of an answer
 MAX_REPORTED = 1 << 22  # logprobs of a request's tokens and their alternatives
-MAX_FAILURES = 3  # steps that fail one after the other until the device counts as lost
+MAX_FAILURES = 3  # steps that fail one after the other until the device counts as lost ...
+LOST_S = 60.0  # ... for so long, if nothing is asked of it
 OPENAI_SAMPLING = SamplingParams(temperature=1.0)
 OPEN_PATHS = ("/", "/health")  # need no key
 PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
@@ -89,7 +90,7 @@ class ServerOptions:
         if any(not key.isascii() or not key.isprintable() or not key.strip() for key in self.api_key):
             raise ValueError("--api-key must be printable ASCII and not empty")
         for origin in self.cors_origin:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ValueError(f"--cors-origin {origin} is none; write https://HOST, http://HOST:PORT or *")
 
     def sampling(self, own: Mapping[str, float]) -> SamplingParams:
@@ -97,7 +98,7 @@ class ServerOptions:
         if self.sampling_defaults == "openai" or not own:
             return OPENAI_SAMPLING
         try:
-            params = replace(OPENAI_SAMPLING, **own)
+            params = replace(OPENAI_SAMPLING, **own | ({"top_k": 0} if own.get("top_k") == -1 else {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"generation_config.json: {error}; --sampling-defaults openai does without") from None
         settings = ", ".join(f"{name} {value}" for name, value in own.items())
@@ -112,6 +113,7 @@ class Visit:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     start: float = field(default_factory=time.monotonic)
     status: int = 499  # what servers log where the client left first
+    held: int = 0  # bytes of its body, so far
     reply: Reply | None = None
 
 
@@ -169,6 +171,12 @@ class Service:
         for field_name, tokens in (("logit_bias", bias), ("stop_token_ids", body.stop_token_ids or ())):
             self.check_tokens(tokens, field_name)
         lengths = [self._room(len(ids), body.length, "messages" if chat else "prompt") for ids in prompts]
+        if body.alternatives is not None:  # they take memory until they are reported
+            most = MAX_REPORTED // (len(prompts) * body.n * (body.alternatives + 1))
+            if body.length is not None and body.length > most:
+                message = f"more than {MAX_REPORTED} logprobs to report; ask for less n, max_tokens or alternatives"
+                raise ApiError(400, message, param="logprobs")
+            lengths = [min(length, most) for length in lengths]
         stop_ids = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else self.eos_ids)
         params = body.params(secrets.randbits(62) if body.seed is None else body.seed, self.sampling)
         id = ("chatcmpl-" if chat else "cmpl-") + id
@@ -215,10 +223,6 @@ class Service:
             raise ApiError(400, "the prompt is empty; give at least one", param="prompt")
         if answers > most:
             raise ApiError(400, f"{prompts} prompts with n = {body.n}: 1 to {most} answers at a time", param="n")
-        reported = 0 if body.alternatives is None else body.alternatives + 1
-        if answers * (body.length or self.max_seq_len) * reported > MAX_REPORTED:
-            message = f"more than {MAX_REPORTED} logprobs to report; ask for a smaller n, max_tokens or number of them"
-            raise ApiError(400, message, param="logprobs")
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -319,8 +323,10 @@ class Service:
                 choice = reply.feed(prompt, output, now)
             except Exception:  # one answer's mistake is not the others'
                 log.exception("an answer could not be written")
-                reply.fail(ApiError(500, "the server made a mistake; its log has more"))
-            if reply.error is not None or choice is None:
+                reply.error = ApiError(500, "the server made a mistake; its log has more")
+                reply.wake()
+                continue
+            if choice is None:
                 continue
             if output.token_ids:
                 if choice.newest is None:
@@ -393,9 +399,7 @@ class Answering(Response):
         if not reply.disconnected:
             response = await asyncio.to_thread(lambda: JSONResponse(reply.body()))  # logprobs make it long
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": response.raw_headers})
-            for begin in range(0, len(response.body), PIECE):
-                piece, more = response.body[begin : begin + PIECE], begin + PIECE < len(response.body)
-                await self._send(send, {"type": "http.response.body", "body": piece, "more_body": more})
+            await self._send_body(send, response.body, more=False)
 
     async def _stream(self, send: Send) -> None:
         """Events as they come. The status waits for the first one, so that a request that fails before has its own."""
@@ -410,10 +414,17 @@ class Answering(Response):
             if start is not None:  # waits where an answer before, on the same connection, has not been read
                 start = await self._send(send, start)
             data, over = reply.take(), reply.done
-            await self._send(send, {"type": "http.response.body", "body": data, "more_body": not over})
+            await self._send_body(send, data, more=not over)
             reply.sending = False
             if not over:
                 await reply.wait()
+
+    async def _send_body(self, send: Send, data: bytes, *, more: bool) -> None:
+        for begin in range(0, max(len(data), 1), PIECE):
+            rest = more or begin + PIECE < len(data)
+            await self._send(
+                send, {"type": "http.response.body", "body": data[begin : begin + PIECE], "more_body": rest}
+            )
 
     async def _send(self, send: Send, message: Message) -> None:
         """TimeoutError where the reader takes nothing for long: it holds a place among those who are answered."""
@@ -459,19 +470,12 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", visit.id.encode())]
             await send(message)
 
-        held, post = 0, scope["method"] == "POST"
+        post = scope["method"] == "POST"
         self.requests += post
         try:
             self._admit(scope)
             if post:
-                body = []
-                async for chunk in self._body(scope, receive):
-                    held += len(chunk)
-                    self.bodies += len(chunk)
-                    if self.bodies > self.max_bodies:
-                        raise self.service.overloaded("the server holds too many large requests")
-                    body.append(chunk)
-                receive = replay(b"".join(body), receive)
+                receive = replay(await self._body(visit, receive), receive)
             await self.app(scope, receive, send_on)
         except ApiError as error:
             await error_response(error)(scope, receive, send_on)
@@ -480,7 +484,7 @@ class Gate:
             raise
         finally:
             self.requests -= post
-            self.bodies -= held
+            self.bodies -= visit.held
             self._log(scope, visit)
 
     def _admit(self, scope: Scope) -> None:
@@ -505,20 +509,23 @@ class Gate:
         if length > self.max_body:
             raise self._too_large()
 
-    async def _body(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
-        size = 0
+    async def _body(self, visit: Visit, receive: Receive) -> bytes:
+        chunks = []
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError(400, "the client left before its request was complete")
-                    size += len(message.get("body", b""))
-                    if size > self.max_body:
+                    chunks.append(message.get("body", b""))
+                    visit.held += len(chunks[-1])
+                    self.bodies += len(chunks[-1])
+                    if visit.held > self.max_body:
                         raise self._too_large()
-                    yield message.get("body", b"")
+                    if self.bodies > self.max_bodies:
+                        raise self.service.overloaded("the server holds too many large requests")
                     if not message.get("more_body"):
-                        return
+                        return b"".join(chunks)
         except TimeoutError:
             raise ApiError(
                 408, f"no complete body after {BODY_TIMEOUT_S:g} s", headers={"Connection": "close"}
@@ -679,7 +686,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
         stats = service.engine.stats()
         if not stats.alive:
             raise ApiError(503, "the engine has stopped; the server's log says why")
-        if stats.failures_in_a_row >= MAX_FAILURES:
+        if stats.failures_in_a_row >= MAX_FAILURES and time.monotonic() - stats.failed_at < LOST_S:
             raise ApiError(503, f"the last {stats.failures_in_a_row} steps failed; the server's log says why")
         return {"status": "ok"}
 

@@ -109,6 +109,7 @@ class EngineStats:
     generated_tokens: int = 0
     failed_steps: int = 0
     failures_in_a_row: int = 0
+    failed_at: float = 0.0  # when a step failed last, by time.monotonic
     alive: bool = True  # False: the engine's thread has ended by a mistake of its own
 
 
@@ -398,4 +399,5 @@ class Engine:
             generated_tokens=counters.generated_tokens,
             failed_steps=old.failed_steps + (failures > old.failures_in_a_row),
             failures_in_a_row=failures,
+            failed_at=time.monotonic() if failures > old.failures_in_a_row else old.failed_at,
         )

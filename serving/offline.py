@@ -22,7 +22,7 @@ from serving.request import Output, Request
 from tokenizer import Tokenizer
 
 SAMPLING = {f.name: type(f.default) for f in dataclasses.fields(SamplingParams)}
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant")
 KINDS = {str: "text", list: "a list", int: "a whole number", float: "a number"}
 FIELDS = {"id": str, "prompt": str, "messages": list, "max_new_tokens": int, "stop": list, "n": int, **SAMPLING}
 
@@ -101,7 +101,8 @@ def _messages(messages: list) -> list[dict]:
             content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str) or message.get("role") not in ROLES:
             raise ValueError(f"a message has a role ({', '.join(ROLES)}) and a text as its content; got {message!r}")
-        plain.append(message | {"content": content})
+        role = "system" if message["role"] == "developer" else message["role"]
+        plain.append(message | {"role": role, "content": content})
     return plain
 
 

@@ -98,18 +98,24 @@ class ErrorBody(BaseModel):
 
 def invalid(errors: Sequence[ErrorDetails]) -> ApiError:
     """What is wrong with the first wrong field of a body; alternatives of its type are joined."""
-    path = [part for part in errors[0]["loc"] if part != "body"]
+    path = _path(errors[0])
     field = path[0] if path else None
     if errors[0]["type"] == "extra_forbidden":
         name = ".".join(map(str, path))
         return ApiError(400, f"{name} is not supported by this server; leave it out", param=name)
-    same = [error for error in errors if [part for part in error["loc"] if part != "body"][:1] == path[:1]]
+    same = [error for error in errors if _path(error)[:1] == path[:1]]
     # Of the alternatives of a type the one that fits best is wrong furthest inside.
     furthest = max(len(error["loc"]) for error in same)
     same = [error for error in same if len(error["loc"]) == furthest]
     message = " or ".join(dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in same))
     place = _place([error["loc"] for error in same])
-    return ApiError(400, f"{place}: {message}" if field is not None else message, param=field and str(field))
+    return ApiError(400, f"{place}: {message}" if place else message, param=field and str(field))
+
+
+def _path(error: ErrorDetails) -> list[int | str]:
+    """Where a body is wrong, without the name of the model that it was held against."""
+    models = {model.__name__ for model in (TokenizeRequest, TokenizeChatRequest)}
+    return [part for part in error["loc"] if part != "body" and part not in models]
 
 
 def _place(locations: Sequence[Sequence[int | str]]) -> str:

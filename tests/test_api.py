@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 from serving import protocol
 from serving.api import OPENAI_SAMPLING, ServerOptions
 from serving.engine import EngineStats
+from serving.replies import Reply
 from serving.request import Request
 from tests.fake_engine import Live, request_bytes, serve
 from tokenizer import Tokenizer, load_tokenizer
@@ -565,10 +567,27 @@ def test_health_and_the_page_and_the_openapi_page(live: Live) -> None:
 
 
 def test_a_device_that_fails_step_after_step_is_no_healthy_one(live: Live, monkeypatch) -> None:
-    stats = dataclasses.replace(live.engine.stats(), failures_in_a_row=3)
+    stats = dataclasses.replace(live.engine.stats(), failures_in_a_row=3, failed_at=time.monotonic())
     monkeypatch.setattr(live.engine, "stats", lambda: stats)
     lost = httpx.get(live.url + "/health")
     assert lost.status_code == 503 and "3 steps failed" in message_of(lost)
+    stats = dataclasses.replace(stats, failed_at=time.monotonic() - 61)  # nobody asked since: it may be well again
+    assert httpx.get(live.url + "/health").status_code == 200
+
+
+def test_an_answer_that_cannot_be_written_is_an_error_of_its_own(live: Live, monkeypatch) -> None:
+    emit = Reply._emit
+
+    def broken(reply: Reply, choice, text: str) -> None:
+        if choice.finish_reason is not None and reply.n == 2:
+            raise RuntimeError("no luck")
+        emit(reply, choice, text)
+
+    monkeypatch.setattr(Reply, "_emit", broken)
+    with ThreadPoolExecutor() as pool:
+        bodies = [{"prompt": "a", "n": n, "stream": True} for n in (1, 2, 1)]
+        answers = [answer.text for answer in pool.map(lambda body: post(live, body), bodies)]
+    assert ["the server made a mistake" in answer for answer in answers] == [False, True, False]
 
 
 def test_the_access_log_has_figures_and_no_text(live: Live, caplog: pytest.LogCaptureFixture) -> None:
@@ -612,9 +631,11 @@ def test_keys_open_everything_but_the_page_and_health(tokenizer: Tokenizer) -> N
 def test_more_logprobs_than_fit_into_an_answer_are_refused(tokenizer: Tokenizer) -> None:
     with serve(tokenizer, lambda request, index: [1], max_answers=128) as live:
         body = {"messages": USER, "n": 100, "logprobs": True, "top_logprobs": 20}
-        refused = post(live, body, CHAT)
+        refused = post(live, body | {"max_tokens": 4000}, CHAT)
         assert refused.status_code == 400 and "logprobs to report" in message_of(refused)
         assert post(live, body | {"max_tokens": 2}, CHAT).status_code == 200
+        assert post(live, body, CHAT).status_code == 200
+        assert live.engine.requests[-1].max_new_tokens == (1 << 22) // 2100
 
 
 def test_bodies_count_while_they_come(tokenizer: Tokenizer) -> None:
