@@ -7,6 +7,7 @@ import asyncio
 import json
 import resource
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -193,6 +194,13 @@ def test_thousands_of_requests_at_once_are_served_or_told_to_come_again(start: C
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         with start(max_running=64, max_queued=500) as live:
+            launch = live.engine.runner.launch  # made slower than clients come, however slowly these do
+
+            def slow(step) -> FakeTicket:
+                time.sleep(0.03)
+                return launch(step)
+
+            live.engine.runner.launch = slow
             answers = together(*(ask(live, [i % 90, 4], 3) for i in range(count)))
             statuses = Counter(status for status, _, _ in answers)
             assert statuses.keys() == {200, 429} and statuses[200] >= 500, statuses
