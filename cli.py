@@ -108,7 +108,7 @@ def read_text(path: Path) -> str:
 
 def decode_text(data: bytes, source: str) -> str:
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         raise ValueError(f"{source} is not UTF-8 text") from None
 

@@ -20,7 +20,7 @@ from cache import StaticCache, check_kv_dtype
 from compiling import compile_model
 from model import Transformer
 from quant.linears import settle_model, weight_bytes
-from sampling import SamplingBatch, SamplingParams, sample
+from sampling import SamplingBatch, SamplingParams, sample, stray_token
 from tokenizer import Tokenizer
 
 
@@ -251,8 +251,7 @@ class Generator:
 def check_prompt(prompt: Sequence[int], max_seq_len: int, vocab_size: int) -> None:
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+    if (wrong := stray_token(prompt, vocab_size)) is not None:
         raise ValueError(
             f"the prompt has the token {wrong} and the model knows {vocab_size}; its tokenizer is another model's"
         )

@@ -7,7 +7,7 @@ and no generator state has to live inside a CUDA graph.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,13 @@ class SamplingParams:
     @property
     def penalizes(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def stray_token(tokens: Collection[int], vocab_size: int) -> int | None:
+    """The first of `tokens` that no model of so many tokens knows; None if it knows them all."""
+    if not tokens or 0 <= min(tokens) <= max(tokens) < vocab_size:  # much faster than one by one
+        return None
+    return next(token for token in tokens if not 0 <= token < vocab_size)
 
 
 class History:

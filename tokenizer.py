@@ -133,6 +133,7 @@ class Tokenizer(ABC):
 
     def chat(self, messages: list[dict], *, add_generation_prompt: bool = True, **kwargs: object) -> list[int]:
         """Ids of the rendered conversation: the template writes every special token itself, BOS included."""
+        messages = [plain_message(message) for message in messages]
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs)
         return self.encode(text, special=False, parse_special=True)
 
@@ -143,6 +144,13 @@ class Tokenizer(ABC):
         config |= {"chat_template": self.chat_template, **self._save_vocabulary(directory)}
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def plain_message(message: dict) -> dict:
+    """As every template takes it: its parts of text in one piece, and a developer as the system."""
+    content, role = message["content"], message["role"]
+    content = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return message | {"role": "system" if role == "developer" else role, "content": content}
 
 
 class BPETokenizer(Tokenizer):

@@ -14,10 +14,10 @@ import math
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cli
 import serving.request
-from sampling import SamplingParams
+from sampling import SamplingParams, stray_token
 from serving import protocol
 from serving.engine import Engine, Overloaded, Stopping
 from serving.metrics import Metrics
@@ -98,7 +98,7 @@ class ServerOptions:
         if self.sampling_defaults == "openai" or not own:
             return OPENAI_SAMPLING
         try:
-            params = replace(OPENAI_SAMPLING, **own | ({"top_k": 0} if own.get("top_k") == -1 else {}))
+            params = protocol.with_settings(OPENAI_SAMPLING, own)
         except (TypeError, ValueError) as error:
             raise ValueError(f"generation_config.json: {error}; --sampling-defaults openai does without") from None
         settings = ", ".join(f"{name} {value}" for name, value in own.items())
@@ -233,7 +233,7 @@ class Service:
         if self.tokenizer.chat_template is None:
             raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
         return self.tokenizer.chat(
-            [message.for_template() for message in body.messages],
+            [message.model_dump(exclude_none=True) for message in body.messages],
             add_generation_prompt=body.add_generation_prompt,
             **(body.chat_template_kwargs or {}),
         )
@@ -249,10 +249,9 @@ class Service:
             return prompt.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
         return self.tokenizer.decode(prompt, skip_special=False)
 
-    def check_tokens(self, tokens: Iterable[int], param: str) -> None:
-        for token in tokens:
-            if not 0 <= token < self.vocab_size:
-                raise ApiError(400, f"{token} is not one of the {self.vocab_size} tokens", param=param)
+    def check_tokens(self, tokens: Collection[int], param: str) -> None:
+        if (token := stray_token(tokens, self.vocab_size)) is not None:
+            raise ApiError(400, f"{token} is not one of the {self.vocab_size} tokens", param=param)
 
     def _room(self, prompt: int, asked: int | None, param: str) -> int:
         """How many tokens the answer to a prompt of this length may have."""
@@ -407,12 +406,11 @@ class Answering(Response):
         await reply.wait()
         if reply.error is not None and not reply.tokens:
             raise reply.error
-        start = {"type": "http.response.start", "status": 200, "headers": headers}
+        reply.sending = True  # waits where an answer before, on the same connection, has not been read
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
         over = False
         while not over:
             reply.sending = True
-            if start is not None:  # waits where an answer before, on the same connection, has not been read
-                start = await self._send(send, start)
             data, over = reply.take(), reply.done
             await self._send_body(send, data, more=not over)
             reply.sending = False

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import cli
+from sampling import stray_token
 from serving.policies import POLICIES
 from serving.request import Output, Request, Sequence, TokenLogprobs
 from serving.scheduler import Scheduler, Step
@@ -148,7 +149,6 @@ class Engine:
         self._finish_times: deque[float] = deque(maxlen=64)
         self._thread: threading.Thread | None = None
         self._stats = EngineStats()
-        self._waited_s = 0.0  # for the device, in this turn
 
     # ---- Any thread --------------------------------------------------------------------------------------------------
 
@@ -186,8 +186,7 @@ class Engine:
     def _sequences(self, request: Request) -> list[Sequence]:
         vocab = self.runner.vocab_size
         for name, tokens in (("the prompt", request.prompt), ("logit_bias", request.logit_bias)):
-            if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
-                wrong = next(token for token in tokens if not 0 <= token < vocab)
+            if (wrong := stray_token(tokens, vocab)) is not None:
                 raise ValueError(f"{name} has the token {wrong}; the model knows 0 to {vocab - 1}")
         return self.scheduler.sequences(request)
 

@@ -80,7 +80,7 @@ def _fields(line: object) -> dict:
     if ("prompt" in line) == ("messages" in line):
         raise ValueError("give a prompt or messages, one of the two")
     if "messages" in line:
-        line["messages"] = _messages(line["messages"])
+        _check_messages(line["messages"])
     if not all(isinstance(text, str) and text for text in line.get("stop", ())):
         raise ValueError(f"stop must be a list of texts; got {line['stop']!r}")
     for name in ("max_new_tokens", "n"):
@@ -90,20 +90,16 @@ def _fields(line: object) -> dict:
     return line
 
 
-def _messages(messages: list) -> list[dict]:
-    """Messages as chat templates take them: those that the API takes, each with its content in one piece."""
+def _check_messages(messages: list) -> None:
+    """ValueError unless these are messages that the API takes, too."""
     if not messages:
         raise ValueError("messages must not be empty")
-    plain = []
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str) or message.get("role") not in ROLES:
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+        if not all(isinstance(text, str) for text in texts) or message.get("role") not in ROLES:
             raise ValueError(f"a message has a role ({', '.join(ROLES)}) and a text as its content; got {message!r}")
-        role = "system" if message["role"] == "developer" else message["role"]
-        plain.append(message | {"role": role, "content": content})
-    return plain
 
 
 @dataclass(kw_only=True, eq=False)

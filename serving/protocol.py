@@ -7,7 +7,7 @@ JSON into checked values, and errors into the objects and status codes that the 
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -131,6 +131,11 @@ def _names(model: type["Strict"]) -> frozenset[str]:
     """Of the fields of all that a body may hold."""
     own = (field.alias or name for name, field in model.model_fields.items())
     return frozenset(own).union(*map(_names, model.__subclasses__()))
+
+
+def with_settings(params: SamplingParams, settings: Mapping[str, float]) -> SamplingParams:
+    """`params` but for these fields; a top_k of -1 is off, as vLLM has it."""
+    return replace(params, **{name: 0 if (name, value) == ("top_k", -1) else value for name, value in settings.items()})
 
 
 def few(data: Any, most: int) -> Any:
@@ -274,9 +279,7 @@ class Generation(Strict):
     def params(self, seed: int, defaults: SamplingParams) -> SamplingParams:
         """How to sample; what the request leaves out is as in `defaults`."""
         own = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        if own.get("top_k") == -1:
-            own["top_k"] = 0
-        return replace(defaults, **own, seed=seed)
+        return with_settings(defaults, own | {"seed": seed})
 
     def constraint_spec(self) -> tuple[str, Any] | None:
         """("json" | "regex" | "choice" | "grammar", what it is), or None where the answer is free."""
@@ -312,11 +315,6 @@ class Message(Strict):
     @classmethod
     def _drop_neutral(cls, data: Any) -> Any:
         return without_neutral(data, NEUTRAL_OF_MESSAGES)
-
-    def for_template(self) -> dict:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name is not None else {})
 
 
 class Conversation(Strict):
