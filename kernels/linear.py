@@ -57,12 +57,13 @@ def linear(
     if plan is not None:
         x = x if norm is None else elementwise.rms_norm(x, norm, eps)
         return rows.rows_linear(x, weight, plan, glu=glu, residual=residual, out_dtype=out_dtype)
+    options = {"norm": norm, "eps": eps, "glu": glu, "out_dtype": out_dtype}
+    if language.on_gpu(x) and len(x) <= most_rows(weight.format):
+        return linear_kernel(x, weight, residual=residual, **options)
     residual = residual.x if isinstance(residual, Stream) else residual
-    options = {"norm": norm, "eps": eps, "glu": glu, "residual": residual, "out_dtype": out_dtype}
+    options["residual"] = residual
     if not language.on_gpu(x):
         return linear_twin(x, weight, **options)
-    if len(x) <= most_rows(weight.format):
-        return linear_kernel(x, weight, **options)
     if digits.suits(x, weight):
         return digits.digits_linear(x, weight, **options)
     if wide.suits(x, weight):
@@ -110,13 +111,25 @@ def linear_kernel(
     norm: Tensor | None = None,
     eps: float = 0.0,
     glu: bool = False,
-    residual: Tensor | None = None,
+    residual: Tensor | Stream | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`linear` by the kernels for few rows."""
-    N = weight.shape[0] // (2 if glu else 1)
-    out = residual if residual is not None else x.new_empty(len(x), N, dtype=out_dtype)
-    launch(x, weight, out, norm=norm, eps=eps, mode="glu" if glu else "add" if residual is not None else "store")
+    (M, K), N = x.shape, weight.shape[0] // (2 if glu else 1)
+    mode = "glu" if glu else "add" if residual is not None else "store"
+    plan = tuning.plan(weight.format, M, N, K, mode, x)
+    if plan.splits > 1:
+        parts = x.new_empty(plan.splits, M, N, dtype=torch.float32)
+        launch(x, weight._replace(bias=None), parts, norm=norm, eps=eps, mode="parts", plan=plan)
+        return rows.leave(parts, weight.bias, residual)
+    out = (
+        x.new_empty(M, N, dtype=out_dtype)
+        if residual is None
+        else residual.x
+        if isinstance(residual, Stream)
+        else residual
+    )
+    launch(x, weight, out, norm=norm, eps=eps, mode=mode, plan=plan)
     return out
 
 
@@ -181,7 +194,9 @@ def launch(
     mode: str,
     plan: tuning.Plan | None = None,
 ) -> None:
-    """Run the kernel for few rows; `mode` is what becomes of the product: "store", "add" to out, "glu" or "argmax"."""
+    """Run the kernel for few rows; `mode` is what becomes of the product: "store", "add" to out, "glu" or "argmax", or
+    "parts" where the plan has some, which out [parts, M, N] takes.
+    """
     assert x.is_contiguous() and weight.data.is_contiguous()
     M, K = x.shape
     N = weight.shape[0] // (2 if mode == "glu" else 1)
@@ -221,6 +236,7 @@ def launch(
         words = weight.data.view(torch.int16)
         if plan.across:
             U = plan.BK // (plan.across * block_of(weight.format))
+            grid = (*grid, plan.splits if mode == "parts" else 1)
             shared_kernel[grid](x, words, BM=max(BM, 8), SK=plan.across, U=U, num_stages=plan.depth, **options)
         else:  # loads go to registers, a step ahead
             packed_kernel[grid](x, words, BM=BM, AHEAD=plan.depth, num_stages=1, **norms, **options)

@@ -303,7 +303,8 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
                   PDL: tl.constexpr):  # fmt: skip
     """`packed_kernel` for 8 rows of x and up, by way of shared memory.
 
-    Of the S warps SK share the inputs, U blocks each in a step, and S / SK the rows of the matrix.
+    Of the S warps SK share the inputs, U blocks each in a step, and S / SK the rows of the matrix. With MODE "parts"
+    programs share the inputs too, and `out` [parts, M, N] is for another kernel to add up.
     """
     GLU: tl.constexpr = MODE == "glu"
     SN: tl.constexpr = S // SK
@@ -326,13 +327,19 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
     w += base * ROW
     scale += base * SCALES
     zero += base * SCALES
+    first, end = 0, STEPS
+    if MODE == "parts":
+        each = tl.cdiv(STEPS, tl.num_programs(1))
+        first = tl.program_id(1) * each
+        end = tl.minimum(first + each, STEPS)
+        out += tl.program_id(1).to(tl.int64) * M * N
     sums, scales, zeros, ends, residuals = (), (), (), (), ()
     for t in tl.static_range(TILES):
         sums = sums + (tl.zeros([S, 16, BM], tl.float32),)
         if FORMAT == "int4":
-            scales = scales + _group_scales(scale, t, last, N, 0, SCALES, PER, U, SK, SN, GLU)
+            scales = scales + _group_scales(scale, t, last, N, first, SCALES, PER, U, SK, SN, GLU)
             if ZERO:
-                zeros = zeros + _group_scales(zero, t, last, N, 0, SCALES, PER, U, SK, SN, GLU)
+                zeros = zeros + _group_scales(zero, t, last, N, first, SCALES, PER, U, SK, SN, GLU)
         r = tl.arange(0, 16 * SN)
         row = _row(t * SN + r // 16, r % 8, r // 8 % 2, last, N, GLU)
         if FORMAT != "int4":
@@ -344,7 +351,7 @@ def shared_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, FORMAT: t
         for t in tl.static_range(TILES):
             residuals = residuals + (held(out, base + t * PART + tl.arange(0, PART), N, M, BM),)
 
-    for step in range(STEPS):
+    for step in range(first, end):
         words, sides, next_scales, next_zeros = (), (), (), ()
         for u in tl.static_range(U):
             for t in tl.static_range(TILES):

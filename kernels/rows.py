@@ -65,12 +65,20 @@ def rows_linear(
         return product(x, weight, plan, glu=glu, dtype=out_dtype)
     assert not glu, "parts are of what gate and up are before their product"
     parts = product(x, weight, plan, parts=True)
-    if isinstance(residual, Stream):
-        residual.add(parts, weight.bias)
-        return residual.x
-    out = residual if residual is not None else x.new_empty(parts.shape[1:], dtype=out_dtype)
-    add_parts(parts, out, bias=weight.bias, add=residual is not None)
+    if residual is not None:
+        return leave(parts, weight.bias, residual)
+    out = x.new_empty(parts.shape[1:], dtype=out_dtype)
+    add_parts(parts, out, bias=weight.bias)
     return out
+
+
+def leave(parts: Tensor, bias: Tensor | None, residual: Tensor | Stream) -> Tensor:
+    """Add parts [splits, M, N] and bias to `residual` [M, N], or leave it to a stream to do so later."""
+    if isinstance(residual, Stream):
+        residual.add(parts, bias)
+        return residual.x
+    add_parts(parts, residual, bias=bias, add=True)
+    return residual
 
 
 def product(

@@ -27,6 +27,7 @@ class Plan(NamedTuple):
     num_warps: int
     depth: int = 1  # stages of a pipeline of tiles; 64-byte blocks of a packed row that a warp takes at a time
     across: int = 0  # packed weights: how many of the warps share BK, where words go through shared memory
+    splits: int = 1  # of these: parts that the inputs are cut into, of a matrix that adds to the residual stream
 
 
 class AttentionPlan(NamedTuple):

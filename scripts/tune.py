@@ -129,12 +129,17 @@ def shared_candidates(case: Case) -> list[Plan]:
     """The plans worth a try for packed words that go through shared memory."""
     halves, inputs = 2 if case.mode == "glu" else 1, block_of(case.format)
     plans = []
-    for across, alongside, tiles, blocks in itertools.product((1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 4)):
+    parts = (1, 2, 4) if case.mode == "add" else (1,)
+    for across, alongside, tiles, blocks, splits in itertools.product(
+        (1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 4), parts
+    ):
         rows, BK = 16 * alongside * tiles, inputs * across * blocks
-        if not 2 <= across * alongside <= 8 or rows < 32 or case.K < 2 * BK or case.N * halves < 96 * rows:
+        if not 2 <= across * alongside <= 8 or rows < 32 or 2 * BK * splits > case.K:
+            continue
+        if case.N * halves * splits < 96 * rows:
             continue
         for depth in (3, 4, 5, 6):
-            plan = Plan(rows // halves, BK, across * alongside, depth, across)
+            plan = Plan(rows // halves, BK, across * alongside, depth, across, splits)
             if 49152 <= tuning.step_bytes(plan, case.format, case.rows, case.mode) * (depth - 1) <= 163840:
                 plans.append(plan)
     return plans
@@ -160,11 +165,16 @@ class Bench:
         self.x = torch.randn(case.rows, case.K, device="cuda").bfloat16()
         self.norm = torch.ones(case.K, device="cuda").bfloat16() if case.mode != "add" else None
         self.out = torch.zeros(case.rows, case.N, device="cuda").bfloat16()
+        self.parts = torch.empty(4, case.rows, case.N, device="cuda") if case.mode == "add" else None
         if case.mode == "argmax":
             self.out = torch.full((case.rows,), linear.NOTHING, dtype=torch.int64, device="cuda")
 
     def launch(self, weight: Weight, plan: Plan) -> None:
-        linear.launch(self.x, weight, self.out, norm=self.norm, eps=1e-5, mode=self.case.mode, plan=plan)
+        options = {"norm": self.norm, "eps": 1e-5, "plan": plan}
+        if plan.splits > 1:
+            parts = self.parts[: plan.splits]
+            return linear.launch(self.x, weight, parts, mode="parts", **options)
+        linear.launch(self.x, weight, self.out, mode=self.case.mode, **options)
 
     def microseconds(self, plan: Plan) -> float:
         """Median time of one launch among many in a graph."""

@@ -11,7 +11,7 @@ from cache import KV_DTYPES
 from kernels import attention, codes, dequantize, language, linear, probe, tuning
 from kernels.attention import Heads, Scratch
 from kernels.decoder import Decoder, matrices
-from kernels.linear import NOTHING
+from kernels.linear import NOTHING, Stream
 from kernels.tuning import AttentionPlan, Plan
 from kernels.weight import Weight, block_of
 from model import Linear, Transformer
@@ -109,6 +109,22 @@ def test_a_packed_matrix_through_shared_memory(format: str, mode: str, plan: str
         assert torch.equal(0xFFFFFFFF - (out & 0xFFFFFFFF), want.argmax(-1))
     else:
         same(out, want, 3e-5)
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize("format", ["int8", "int4 g64 asymmetric"])
+def test_a_packed_matrix_whose_inputs_are_cut_over_programs(format: str, splits: int, monkeypatch) -> None:
+    blocks, plan = SHARED["warps share inputs"]
+    N, K, M = 44, 448, 11
+    weight, x, residual = random_weight(format, N, K, bias=True), random(M, K), random(M, N)
+    plan = plan._replace(BK=blocks * block_of(weight.format), splits=splits)
+    monkeypatch.setattr(tuning, "plan", lambda *_: plan)
+    want = linear.linear_twin(x, weight, residual=residual.clone())
+    stream = Stream(residual.clone())
+    linear.linear_kernel(x, weight, residual=stream)
+    assert torch.equal(stream.x, residual) and stream.parts.shape == (splits, M, N)  # yet to be added
+    same(stream.whole(), want, 3e-5)
+    same(linear.linear_kernel(x, weight, residual=residual), want, 3e-5)
 
 
 @pytest.mark.parametrize("M", [5, 8, 9, 17])
