@@ -134,7 +134,7 @@ def add_and_normalize(parts: Tensor, bias: Tensor | None, x: Tensor, norm: Tenso
         SPLITS=splits,
         BLOCK=BLOCK,
         PDL=language.pdl(x),
-        num_warps=min(max(BLOCK // 512, 1), 16),
+        num_warps=16 if BLOCK >= 4096 else max(BLOCK // 512, 1),
         **launch_options(x),
     )
     return y
@@ -143,7 +143,11 @@ def add_and_normalize(parts: Tensor, bias: Tensor | None, x: Tensor, norm: Tenso
 @jit(do_not_specialize=["M"])
 def _product_kernel(x, w, bias, out, N, K, M, GLU: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
                     BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """BM rows of x [M, K] by BN rows of w, with GLU those of gate and up in turns; N is the outputs' number."""
+    """BM rows of x [M, K] by BN rows of w, with GLU those of gate and up in turns; N is the outputs' number.
+
+    A product's left side has 64 rows or more. Where x has fewer, the weights are that side, so that x takes as little
+    of shared memory as it needs: a processor then has room for the next kernel's first programs, or more under way.
+    """
     HALVES: tl.constexpr = 2 if GLU else 1
     i = tl.program_id(1) * BN + tl.arange(0, BN)
     row = tl.minimum(i // HALVES, N - 1).to(tl.int64)  # past the end: the last row again, stored nowhere
@@ -160,11 +164,18 @@ def _product_kernel(x, w, bias, out, N, K, M, GLU: tl.constexpr, PARTS: tl.const
     rows = x + m[:, None].to(tl.int64) * K + k[None, :]
     weights = w + row[:, None] * K + k[None, :]
     live = (m < M)[:, None]
-    acc = tl.zeros([BM, BN], tl.float32)
+    FEW: tl.constexpr = BM < 64
+    acc = tl.zeros([BN, BM] if FEW else [BM, BN], tl.float32)
     wait(PDL)
     for start in range(begin, end, BK):
-        left = tl.load(rows + start, mask=live, other=0.0)
-        acc = tl.dot(left, tl.trans(tl.load(weights + start)), acc, input_precision="ieee")
+        a = tl.load(rows + start, mask=live, other=0.0)
+        b = tl.load(weights + start)
+        if FEW:
+            acc = tl.dot(b, tl.trans(a), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    if FEW:
+        acc = tl.trans(acc)
     if bias is not None:
         acc += tl.load(bias + row).to(tl.float32)[None, :]
     n = tl.program_id(1) * (BN // HALVES) + tl.arange(0, BN // HALVES)

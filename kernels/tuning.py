@@ -278,23 +278,24 @@ def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | Non
     most = 64 if head else 256 if small else 128
     if not (16 if head else 1) < M <= most and not (glu and N >= 24576 and M > 224):
         return None
-    whole = K % 128 == 0  # blocks of 128 inputs
-    if M <= 64:
-        plan = RowsPlan(64, 64 if N >= 3072 else 32, 128, 4, 4)
-        if N >= 12288:
-            plan = RowsPlan(64, 128, 128, 4, 3)
+    few, wide = M <= 32, N >= 12288
+    if few:  # of blocks of x, little in shared memory
+        BM = 16 if M <= 16 else 32
+        plan = RowsPlan(BM, 64, 128, 4, 8 if M <= 16 else 4) if wide else RowsPlan(BM, 64, 256, 4, 3)
+    elif M <= 64:
+        plan = RowsPlan(64, 128, 128, 4, 3) if wide else RowsPlan(64, 64 if N >= 3072 else 32, 128, 4, 4)
     elif small and M * N <= 128 * 4096:
         plan = RowsPlan(64, 64, 128, 4, 4)
     elif M <= 128:
-        plan = RowsPlan(128, 128, 128, 8, 3) if N >= 12288 else RowsPlan(128, 64, 128, 8, 4)
+        plan = RowsPlan(128, 128, 128, 8, 3) if wide else RowsPlan(128, 64, 128, 8, 4)
     elif small:
-        plan = RowsPlan(128, 64, 128, 8, 4) if M * N <= 256 * 4096 and whole else RowsPlan(128, 128, 64, 8, 4)
+        plan = RowsPlan(128, 64, 128, 8, 4) if M * N <= 256 * 4096 and K % 128 == 0 else RowsPlan(128, 128, 64, 8, 4)
     else:
         plan = RowsPlan(128, 256, 64, 8, 4)
-    if plan.BK == 128 and not whole:
-        plan = plan._replace(BK=64, depth=min(2 * plan.depth, 6))
+    while K % plan.BK:
+        plan = plan._replace(BK=plan.BK // 2, depth=min(2 * plan.depth, 6))
     if add:
         tiles = triton.cdiv(M, plan.BM) * triton.cdiv(N, plan.BN)
-        blocks, most = K // plan.BK, max(1, min(HOPPER_SMS // tiles, K // 256))
+        blocks, most = K // plan.BK, max(1, min(HOPPER_SMS // tiles, K // (2 * plan.BK), K // 256))
         plan = plan._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, most)))  # of which none is empty
-    return plan._replace(ahead=512 if small and M <= 64 else 0)
+    return plan._replace(ahead=512 if M <= 64 and small or few and not (add or wide) else 0)

@@ -12,19 +12,20 @@ from tests.test_kernels import CONFIGS, DEVICE, random, random_weight, same
 
 pytest.importorskip("triton")
 
-PLAN = RowsPlan(16, 32, 16, 4, 2)
+PLAN, MANY = RowsPlan(16, 32, 16, 4, 2), RowsPlan(64, 32, 16, 4, 2)  # weights are a product's left side, or x is
 M, N, K = 19, 70, 96  # rows and outputs that no tile divides
 
 
+@pytest.mark.parametrize("plan", [PLAN, MANY])
 @pytest.mark.parametrize("mode", ["store", "glu", "add"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_rows_linear(mode: str, bias: bool) -> None:
+def test_rows_linear(mode: str, bias: bool, plan: RowsPlan) -> None:
     weight, x, residual = random_weight("float", N, K, bias=bias), random(M, K), random(M, N)
     options = {"glu": mode == "glu", "residual": residual if mode == "add" else None}
     want = linear.linear_twin(x, weight, **options | {"residual": residual.clone() if mode == "add" else None})
     for splits in (1,) if mode == "glu" else (3, 4):  # four of six blocks: the last part has none
         options["residual"] = residual.clone() if mode == "add" else None
-        got = rows.rows_linear(x, weight, PLAN._replace(splits=splits), **options)
+        got = rows.rows_linear(x, weight, plan._replace(splits=splits), **options)
         assert mode != "add" or got is options["residual"]
         same(got, want, 3e-6)
 
@@ -33,11 +34,12 @@ def test_rows_linear_in_half_precision() -> None:
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bf16 matrices
     weight, x = random_weight("float", 128, 128, dtype=dtype, bias=True), random(70, 128, dtype=dtype)
     exact = weight._replace(data=weight.data.float(), bias=weight.bias.float())
-    plan = RowsPlan(64, 64, 64, 4, 3)
-    got = rows.rows_linear(x, weight, plan, out_dtype=torch.float32)
-    assert got.dtype == torch.float32
-    same(got, linear.linear_twin(x.float(), exact), 1e-3 if dtype == torch.float16 else 3e-3)
-    same(rows.rows_linear(x, weight, plan, glu=True), linear.linear_twin(x.float(), exact, glu=True), 5e-3)
+    for BM in (16, 32, 64):
+        plan = RowsPlan(BM, 64, 64, 4, 3)
+        got = rows.rows_linear(x, weight, plan, out_dtype=torch.float32)
+        assert got.dtype == torch.float32
+        same(got, linear.linear_twin(x.float(), exact), 1e-3 if dtype == torch.float16 else 3e-3)
+        same(rows.rows_linear(x, weight, plan, glu=True), linear.linear_twin(x.float(), exact, glu=True), 5e-3)
 
 
 def test_a_stream_adds_parts_once_and_where_the_next_norm_is() -> None:
@@ -78,7 +80,7 @@ def test_decoder_gives_the_models_logits(monkeypatch: pytest.MonkeyPatch, taken:
 
 @pytest.mark.parametrize("K", [576, 1024, 1152, 14336])
 @pytest.mark.parametrize("N", [576, 4096, 28672])
-@pytest.mark.parametrize("M", [2, 64, 65, 128, 129, 256])
+@pytest.mark.parametrize("M", [2, 16, 17, 32, 33, 64, 65, 128, 129, 256])
 def test_plans_fit_the_matrix(M: int, N: int, K: int) -> None:
     for glu, add in ((False, False), (True, False), (False, True)):
         plan = tuning.rows_plan(M, N, K, glu=glu, add=add)
