@@ -11,7 +11,8 @@ A cache of 8-bit codes has a scale for each head of each token. Codes are what t
 exact; a key's scale then multiplies its score, and a value's the weight that it gets.
 
 A cache may be paged: a row's slots then lie in blocks that a table names in order. The slots that are taken at a time
-are of one block, so that all that differs is where they begin, and the table is read one step ahead of them.
+are of one block, so that all that differs is where they begin, and the table is read one step ahead of them. For very
+few rows, where latency counts, they are of several blocks instead, and mostly all that a program has.
 """
 
 from typing import NamedTuple
@@ -192,7 +193,7 @@ def decode_attention_kernel(
         PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
         **(launch_options(qkv) if early else {}),
-        **({"maxnreg": 168} if page and language.pdl(qkv) else {}),  # of three programs of four warps
+        **({"maxnreg": 168} if plan.BS <= page and language.pdl(qkv) else {}),  # of three programs of four warps
     )
     return out
 
@@ -224,14 +225,18 @@ def _head_rows(x, weight, cos, sin, eps, d, D: tl.constexpr, NORM: tl.constexpr,
 
 
 @jit
-def _keys(cache, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, S: tl.constexpr):
+def _keys(cache, table, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, S: tl.constexpr,
+          SPREAD: tl.constexpr):  # fmt: skip
     """Keys of BS slots from `start` on, zeros from `end` on, as a product's right side [BD, BS].
 
-    The dimensions are in the order of `_as_keys`.
+    The dimensions are in the order of `_as_keys`. If the slots are SPREAD, `table` says where each is.
     """
     slot = start + along(3, BS // S // 8, 6) * (8 * S) + along(2, S, 6) * 8 + along(1, 8, 6)
     d = along(4, BD // 32, 6) * 32 + along(0, 4, 6) * 8 + along(5, 8, 6)
-    k = tl.load(cache + slot.to(tl.int64) * stride_s + d, mask=(slot < end) & (d < D), other=0.0)
+    place = slot.to(tl.int64)
+    if SPREAD:
+        place += _moved(table, slot, end, SPREAD)
+    k = tl.load(cache + place * stride_s + d, mask=(slot < end) & (d < D), other=0.0)
     k = tl.reshape(k, [4, 8, S, BS // S // 8, BD // 32, 2, 2, 2])
     return tl.reshape(tl.permute(k, [4, 5, 6, 0, 7, 3, 2, 1]), [BD, BS])
 
@@ -244,20 +249,25 @@ def _as_keys(q, ROWS: tl.constexpr, BD: tl.constexpr):
 
 
 @jit
-def _values(cache, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, S: tl.constexpr):
+def _values(cache, table, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, S: tl.constexpr,
+            SPREAD: tl.constexpr):  # fmt: skip
     """Values of BS slots from `start` on, zeros from `end` on, as a product's right side [BS, BD].
 
     A warp has all slots and its part of the dimensions, which are in the order that `_in_order` ends.
     """
     EACH: tl.constexpr = BD // (8 * S)  # dimensions of a lane
     VEC: tl.constexpr = min(EACH, 8)
-    slot = start + along(3, BS // 16, 8) * 16 + along(4, 2, 8) * 8 + along(0, 4, 8) * 2 + along(5, 2, 8)
+    sixteen = start + along(3, BS // 16, 8) * 16  # of one block, whatever its size
+    slot = sixteen + along(4, 2, 8) * 8 + along(0, 4, 8) * 2 + along(5, 2, 8)
+    place = slot.to(tl.int64)
+    if SPREAD:
+        place += _moved(table, sixteen, end, SPREAD)
     d = (
         (along(2, S, 8) * (EACH // VEC) + along(6, EACH // VEC, 8)) * (8 * VEC)
         + along(1, 8, 8) * VEC
         + along(7, VEC, 8)
     )
-    v = tl.load(cache + slot.to(tl.int64) * stride_s + d, mask=(slot < end) & (d < D), other=0.0)
+    v = tl.load(cache + place * stride_s + d, mask=(slot < end) & (d < D), other=0.0)
     return tl.reshape(tl.permute(v, [3, 4, 0, 5, 6, 7, 2, 1]), [BS, BD])
 
 
@@ -290,37 +300,40 @@ def _encode(x, scale, dtype: tl.constexpr):
 
 
 @jit
-def _scales(scale, start, end, stride_s, BS: tl.constexpr):
+def _scales(scale, table, start, end, stride_s, BS: tl.constexpr, SPREAD: tl.constexpr):
     """Scales of BS slots from `start` on, zeros from `end` on, [1, BS]; 1 for a cache that has none."""
     s = 1.0
     if scale is not None:
         slot = start + tl.arange(0, BS)
-        s = tl.load(scale + slot.to(tl.int64) * stride_s, mask=slot < end, other=0.0)[None, :]
+        place = slot.to(tl.int64)
+        if SPREAD:
+            place += _moved(table, slot, end, SPREAD)
+        s = tl.load(scale + place * stride_s, mask=slot < end, other=0.0)[None, :]
     return s
 
 
 @jit
-def _key_block(k_cache, k_scale, moved, start, end, stride_s: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
-               BD: tl.constexpr, S: tl.constexpr):  # fmt: skip
+def _key_block(k_cache, k_scale, table, moved, start, end, stride_s: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
+               BD: tl.constexpr, S: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
     """Keys and scales of BS slots from `start` on, zeros from `end` on, `moved` from the places of their numbers."""
     at = tl.cast(moved, tl.int64)
     scale_s: tl.constexpr = stride_s // D  # scales [B, S, K] lie as the codes [B, S, K, D] do
     if k_scale is not None:
         k_scale += at * scale_s
-    return _keys(k_cache + at * stride_s, start, end, stride_s, D, BS, BD, S), _scales(k_scale, start, end, scale_s, BS)
+    k = _keys(k_cache + at * stride_s, table, start, end, stride_s, D, BS, BD, S, SPREAD)
+    return k, _scales(k_scale, table, start, end, scale_s, BS, SPREAD)
 
 
 @jit
-def _value_block(v_cache, v_scale, moved, start, end, stride_s: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
-                 BD: tl.constexpr, S: tl.constexpr):  # fmt: skip
+def _value_block(v_cache, v_scale, table, moved, start, end, stride_s: tl.constexpr, D: tl.constexpr, BS: tl.constexpr,
+                 BD: tl.constexpr, S: tl.constexpr, SPREAD: tl.constexpr):  # fmt: skip
     """As `_key_block`, of values."""
     at = tl.cast(moved, tl.int64)
     scale_s: tl.constexpr = stride_s // D
     if v_scale is not None:
         v_scale += at * scale_s
-    return _values(v_cache + at * stride_s, start, end, stride_s, D, BS, BD, S), _scales(
-        v_scale, start, end, scale_s, BS
-    )
+    v = _values(v_cache + at * stride_s, table, start, end, stride_s, D, BS, BD, S, SPREAD)
+    return v, _scales(v_scale, table, start, end, scale_s, BS, SPREAD)
 
 
 @jit
@@ -363,20 +376,23 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
     """One split of a row's slots for the query heads of one key head, and by the last program their combination.
 
     S is the number of warps, BS how many slots are taken at a time, in a LOOP where a split has more; BG and BD are G
-    and D rounded up. A split has SHORTEST slots at least. In a paged cache blocks have PAGE slots, a multiple of BS,
-    stride_b is that of the tables, and SPLITS is 0, so that batches of all sizes run the same code.
+    and D rounded up. A split has SHORTEST slots at least. In a paged cache blocks have PAGE slots, a multiple of BS or
+    a part of it, stride_b is that of the tables, and SPLITS is 0, so that batches of all sizes run the same code.
     """
     split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Position and older keys and values were there before this step began: they need no wait. The embedding is what
     # keeps it so, being launched only after all of the step before.
     pos = tl.load(input_pos + b).to(tl.int32)
     cache = b.to(tl.int64) * stride_b + head * stride_k
+    SPREAD: tl.constexpr = PAGE if BS > PAGE else 0
+    table = tables
     if PAGE:
-        table = tables + tl.load(rows + b).to(tl.int64) * stride_b
+        table += tl.load(rows + b).to(tl.int64) * stride_b
         cache = (head * stride_k).to(tl.int64)
     first = 0
     origin = 0  # where the first split begins: in a paged cache at slots that are taken together
     CUT: tl.constexpr = WINDOW > 0 and PAGE > 0
+    LATER: tl.constexpr = PAGE > 0 and BS <= PAGE  # values are asked for when they are due
     if WINDOW:
         first = tl.maximum(pos - WINDOW + 1, 0)
         origin = first // BS * BS if PAGE else first
@@ -404,12 +420,13 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         ahead = 0
         newest_slot = pos.to(tl.int64)
         if PAGE:
+            newest_slot += _moved(table, pos, pos, PAGE)
+        if LATER:
             here = _moved(table, begin, pos, PAGE)
             ahead = _moved(table, begin + BS, pos, PAGE)
-            newest_slot += _moved(table, pos, pos, PAGE)
-        k, ks = _key_block(k_cache, k_scale, here, begin, end, stride_s, D, BS, BD, S)
-        if not PAGE:
-            v, vs = _value_block(v_cache, v_scale, 0, begin, end, stride_s, D, BS, BD, S)
+        k, ks = _key_block(k_cache, k_scale, table, here, begin, end, stride_s, D, BS, BD, S, SPREAD)
+        if not LATER:
+            v, vs = _value_block(v_cache, v_scale, table, 0, begin, end, stride_s, D, BS, BD, S, SPREAD)
         half: tl.constexpr = D // 2
         angle = pos.to(tl.int64) * half + tl.where(d < half, d, d - half)
         c = tl.load(cos + angle, mask=d < D, other=0.0)[None, :]
@@ -449,17 +466,23 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
             for start in range(begin, end, BS):
                 # The next block is on its way while this one is used. In a paged cache only its keys are: programs are
                 # many there, and a processor takes three of them at a time instead of two.
-                if PAGE:
-                    v, vs = _value_block(v_cache, v_scale, here, start, end, stride_s, D, BS, BD, S)
-                k_next, ks_next = _key_block(k_cache, k_scale, ahead, start + BS, end, stride_s, D, BS, BD, S)
-                if PAGE:
+                after = start + BS
+                if LATER:
+                    v, vs = _value_block(v_cache, v_scale, table, here, start, end, stride_s, D, BS, BD, S, 0)
                     here = ahead
-                    ahead = _moved(table, start + 2 * BS, pos, PAGE)
-                else:
-                    v_next, vs_next = _value_block(v_cache, v_scale, 0, start + BS, end, stride_s, D, BS, BD, S)
+                    ahead = _moved(table, after + BS, pos, PAGE)
+                if not SPREAD:
+                    k_next, ks_next = _key_block(k_cache, k_scale, table, here, after, end, stride_s, D, BS, BD, S, 0)
+                if not PAGE:
+                    v_next, vs_next = _value_block(v_cache, v_scale, table, 0, after, end, stride_s, D, BS, BD, S, 0)
                 top, total, acc = _attend(q, k, v, ks, vs, start, first, end, scale, top, total, acc, BS, CUT)
-                k = k_next
-                ks = ks_next
+                if SPREAD:  # seldom are there more, and twice as many would not fit the registers
+                    if after < end:
+                        k, ks = _key_block(k_cache, k_scale, table, 0, after, end, stride_s, D, BS, BD, S, SPREAD)
+                        v, vs = _value_block(v_cache, v_scale, table, 0, after, end, stride_s, D, BS, BD, S, SPREAD)
+                else:
+                    k = k_next
+                    ks = ks_next
                 if not PAGE:
                     v = v_next
                     vs = vs_next

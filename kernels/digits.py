@@ -18,11 +18,12 @@ from torch import Tensor
 from kernels import elementwise, language, tuning
 from kernels.language import jit, launch_options, tl, triton, wait
 from kernels.parts import add_parts
-from kernels.weight import Weight
+from kernels.weight import Weight, most_rows
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+LEAST_ROWS = 17  # fewer are faster as the kernels for few rows take them
 MOST_ROWS = 1024  # from there on widening a matrix once costs less
 TALLEST = 256  # rows of activations in a tile, at most
 BK = 128  # inputs in a block: as many bytes of a row as shared memory is swizzled in
@@ -37,7 +38,8 @@ class Digits(NamedTuple):
 
 def suits(x: Tensor, weight: Weight) -> bool:
     """Whether `digits_linear` is the way to multiply by a weight."""
-    if not language.hopper(x) or x.element_size() != 2:
+    least = most_rows("int8") + 1 if weight.int8_inputs else LEAST_ROWS  # inputs of so few rows are not to be rounded
+    if not language.hopper(x) or x.element_size() != 2 or len(x) < least:
         return False
     if weight.format == "fp8":
         return len(x) <= MOST_ROWS and weight.shape[0] % 16 == 0  # as cuBLAS has it

@@ -11,9 +11,10 @@ number of rows M:
 - M = 2 to `most_rows`, other float weights: `_tile_kernel`. The rows of x, padded to 16, are one side of a tensor-core
   product, so that 16 rows cost what one costs.
 - M = 1 to 7, packed weights: `packed.packed_kernel`.
-- M = 8 to `most_rows`, packed weights: `packed.shared_kernel`.
+- M = 17 to 1024, int8 and fp8, on Hopper: `digits.digits_linear`; any number over `most_rows` where the inputs are to
+  be int8 too.
+- M = 8 to `most_rows`, other packed weights: `packed.shared_kernel`.
 - up to 512, int4, on Hopper: `wide.wide_linear`.
-- up to 1024, int8 and fp8, on Hopper: `digits.digits_linear`; any number where the inputs are to be int8 too.
 - more: cuBLAS over dequantized weights, or torch's product of integers where the inputs are to be int8 too, and
   `elementwise` for the rest.
 
@@ -57,15 +58,14 @@ def linear(
     if plan is not None:
         x = x if norm is None else elementwise.rms_norm(x, norm, eps)
         return rows.rows_linear(x, weight, plan, glu=glu, residual=residual, out_dtype=out_dtype)
-    options = {"norm": norm, "eps": eps, "glu": glu, "out_dtype": out_dtype}
-    if language.on_gpu(x) and len(x) <= most_rows(weight.format):
-        return linear_kernel(x, weight, residual=residual, **options)
-    residual = residual.x if isinstance(residual, Stream) else residual
-    options["residual"] = residual
+    left, residual = residual, residual.x if isinstance(residual, Stream) else residual
+    options = {"norm": norm, "eps": eps, "glu": glu, "residual": residual, "out_dtype": out_dtype}
     if not language.on_gpu(x):
         return linear_twin(x, weight, **options)
     if digits.suits(x, weight):
         return digits.digits_linear(x, weight, **options)
+    if len(x) <= most_rows(weight.format):
+        return linear_kernel(x, weight, **options | {"residual": left})
     if wide.suits(x, weight):
         y = wide.wide_linear(x, weight, norm=norm, eps=eps, residual=residual, out_dtype=None if glu else out_dtype)
         return _finish(elementwise.silu_mul(y), None, out_dtype) if glu else y

@@ -195,7 +195,7 @@ def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor, page: 
         plan = AttentionPlan(*known)
     else:
         plan = attention_rule(kind, head_dim * x.element_size())
-    if plan.BS > page > 0:
+    if plan.BS > page > 0 and kind != "paged few":
         plan = plan._replace(BS=page, num_warps=max(plan.num_warps * page // plan.BS, 1))
     return plan
 
@@ -207,7 +207,9 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
     if kind == "short" and row <= 256:
         return AttentionPlan(128, 128, 2 * HOPPER_SMS, 4)
     BS = 64 if row <= 256 else 32
-    if kind == "paged":
+    if kind == "paged few" and row <= 256:
+        return AttentionPlan(256, 256, HOPPER_SMS, 8)
+    if kind in ("paged", "paged few"):
         return AttentionPlan(BS, 128, 2048, 2 if row <= 128 else 4)
     if kind == "paged wide":
         return AttentionPlan(BS, 256, 8 * HOPPER_SMS, 2) if row <= 128 else AttentionPlan(BS, 512, 2048, 4)
@@ -226,8 +228,11 @@ def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
 
 
 def paged_kind(n_kv_heads: int, rows: int) -> str:
-    """Rows of a paged cache differ in length: many are cut so that no long one ends last, few to fill the GPU."""
-    return "paged wide" if rows * n_kv_heads > 64 else "paged"
+    """Rows of a paged cache differ in length: many are cut so that no long one ends last, few to fill the GPU. Of very
+    few a program takes slots of several of the cache's blocks at once.
+    """
+    programs = rows * n_kv_heads
+    return "paged few" if programs <= 16 else "paged" if programs <= 64 else "paged wide"
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:

@@ -94,7 +94,7 @@ def test_rows_with_an_outlier_and_rows_of_nothing(kind: str) -> None:
 
 
 def test_every_plan_covers_every_output() -> None:
-    for rows in (65, 128, 192, 193, 256, 257, 500, 1024, 8192):
+    for rows in (17, 64, 65, 128, 192, 193, 256, 257, 500, 1024, 8192):
         for n, k in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (960, 576), (16, 16)):
             for count in (1, 2):
                 plan = tuning.digits_plan(rows, n, k, count)
@@ -117,6 +117,8 @@ def test_a_matrix_takes_this_way_where_it_pays(kind: str, monkeypatch: pytest.Mo
     want = linear.linear_twin(x.float(), weight, norm=norm.float(), eps=1e-5, glu=True)
     assert got.dtype == dtype
     same(got, want, 3e-2 if kind == "w8a8" else 8e-3)  # in bf16 gate and up are rounded before their product
+    assert not digits.suits(x[:16], weight)
+    assert digits.suits(x[:17], weight) == digits.suits(x[:64], weight) == (kind != "w8a8")
     assert not digits.suits(x.float(), weight)
     assert not digits.suits(x, Weight("float", weight.scale))
     assert digits.suits(x.expand(16, 65, 64).flatten(0, 1), weight) == (kind == "w8a8")

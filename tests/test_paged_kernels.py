@@ -80,6 +80,8 @@ PLANS = {  # how the slots are cut
     "blocks in a row": AttentionPlan(16, 32, 4, 1),
     "one split": AttentionPlan(16, 16, 1, 2),
     "larger blocks": AttentionPlan(32, 64, 8, 4),
+    "blocks over pages": AttentionPlan(64, 64, 64, 2),
+    "several over pages, in a row": AttentionPlan(128, 128, 4, 4),
 }
 
 
@@ -138,14 +140,22 @@ def test_decode_attention_over_a_block_table(name: str, plan: str) -> None:
     check_decode(HEADS[name], [page * 3, 3, page * 2 - 1], page, PLANS[plan])
 
 
+@pytest.mark.parametrize("page", [16, 32])
+@pytest.mark.parametrize("plan", ["blocks over pages", "several over pages, in a row"])
+@pytest.mark.parametrize("name", ["three a key head", "four, with norms", "window", "head dim 80"])
+def test_slots_of_several_blocks_at_a_time(name: str, plan: str, page: int) -> None:
+    check_decode(HEADS[name], [300, 3, 127, 128], page, PLANS[plan])
+
+
 def test_blocks_of_64_slots() -> None:
     check_decode(HEADS["one head a key head"], [150], 64, AttentionPlan(64, 64, 2, 4))
 
 
 @pytest.mark.parametrize(("kv_dtype", "name"), [("int8", "window"), ("fp8", "three a key head")])
 @pytest.mark.usefixtures("rounded_fp8")
-def test_decode_attention_over_blocks_of_codes(kv_dtype: str, name: str) -> None:
-    check_decode(HEADS[name], [33, 16], 16, PLANS["blocks in a row"], kv_dtype, 2e-3)
+@pytest.mark.parametrize("plan", ["blocks in a row", "several over pages, in a row"])
+def test_decode_attention_over_blocks_of_codes(kv_dtype: str, name: str, plan: str) -> None:
+    check_decode(HEADS[name], [133, 16], 16, PLANS[plan], kv_dtype, 2e-3)
 
 
 def check_prompts(
