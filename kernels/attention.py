@@ -193,7 +193,7 @@ def decode_attention_kernel(
         PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
         **(launch_options(qkv) if early else {}),
-        **({"maxnreg": 168} if plan.BS <= page and language.pdl(qkv) else {}),  # of three programs of four warps
+        **({"maxnreg": 168} if page >= plan.BS and language.pdl(qkv) else {}),  # of three programs of four warps
     )
     return out
 

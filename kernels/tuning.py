@@ -303,4 +303,5 @@ def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | Non
         tiles = triton.cdiv(M, plan.BM) * triton.cdiv(N, plan.BN)
         blocks, most = K // plan.BK, max(1, min(HOPPER_SMS // tiles, K // (2 * plan.BK), K // 256))
         plan = plan._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, most)))  # of which none is empty
-    return plan._replace(ahead=512 if M <= 64 and small or few and not (add or wide) else 0)
+    asks = (small and M <= 64) or (few and not add and not wide)
+    return plan._replace(ahead=512 if asks else 0)
