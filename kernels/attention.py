@@ -12,7 +12,7 @@ exact; a key's scale then multiplies its score, and a value's the weight that it
 
 A cache may be paged: a row's slots then lie in blocks that a table names in order. The slots that are taken at a time
 are of one block, so that all that differs is where they begin, and the table is read one step ahead of them. For very
-few rows, where latency counts, they are of several blocks instead, and mostly all that a program has.
+few rows, where latency counts, they are of several blocks instead; up to 256 that is all that a row has.
 """
 
 from typing import NamedTuple
@@ -152,8 +152,8 @@ def decode_attention_kernel(
         row_stride, slots = tables.stride(0), page * tables.shape[1]
     plan = tuning.attention_plan(K, D, slots, qkv, page)
     splits = min(max(plan.programs // (B * K), 1), triton.cdiv(slots, plan.BS), max(scratch.programs // (B * K), 1))
-    # Begun beside the product before them, whose shared memory leaves a processor little of its cache, programs of many
-    # rows would be slower to their end: 22 us of 228 with 256 rows.
+    # Attention of 256 rows takes 250 us, not 228, where it begins beside the product before it, whose shared memory
+    # leaves a processor little of its cache. Of a few rows the early start is worth more.
     early = not page or B <= 16
     _attention_kernel[(splits, K, B)](
         qkv,
@@ -193,7 +193,8 @@ def decode_attention_kernel(
         PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
         **(launch_options(qkv) if early else {}),
-        **({"maxnreg": 168} if page >= plan.BS and language.pdl(qkv) else {}),  # of three programs of four warps
+        # The registers of three programs of four warps.
+        **({"maxnreg": 168} if page and plan.num_warps <= 4 and language.pdl(qkv) else {}),
     )
     return out
 
@@ -465,7 +466,8 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         if LOOP:
             for start in range(begin, end, BS):
                 # The next block is on its way while this one is used. In a paged cache only its keys are: programs are
-                # many there, and a processor takes three of them at a time instead of two.
+                # many there, and a processor takes three of them at a time instead of two. Where slots are SPREAD
+                # nothing is: twice as many would not fit the registers.
                 after = start + BS
                 if LATER:
                     v, vs = _value_block(v_cache, v_scale, table, here, start, end, stride_s, D, BS, BD, S, 0)
@@ -476,7 +478,7 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
                 if not PAGE:
                     v_next, vs_next = _value_block(v_cache, v_scale, table, 0, after, end, stride_s, D, BS, BD, S, 0)
                 top, total, acc = _attend(q, k, v, ks, vs, start, first, end, scale, top, total, acc, BS, CUT)
-                if SPREAD:  # seldom are there more, and twice as many would not fit the registers
+                if SPREAD:
                     if after < end:
                         k, ks = _key_block(k_cache, k_scale, table, 0, after, end, stride_s, D, BS, BD, S, SPREAD)
                         v, vs = _value_block(v_cache, v_scale, table, 0, after, end, stride_s, D, BS, BD, S, SPREAD)

@@ -23,7 +23,7 @@ from kernels.weight import Weight, most_rows
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-LEAST_ROWS = 17  # fewer are faster as the kernels for few rows take them
+LEAST_ROWS = 17  # of fewer a step takes less time by `packed.shared_kernel` (README.md)
 MOST_ROWS = 1024  # from there on widening a matrix once costs less
 TALLEST = 256  # rows of activations in a tile, at most
 BK = 128  # inputs in a block: as many bytes of a row as shared memory is swizzled in

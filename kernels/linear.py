@@ -13,7 +13,7 @@ number of rows M:
 - M = 1 to 7, packed weights: `packed.packed_kernel`.
 - M = 17 to 1024, int8 and fp8, on Hopper: `digits.digits_linear`; any number over `most_rows` where the inputs are to
   be int8 too.
-- M = 8 to `most_rows`, other packed weights: `packed.shared_kernel`.
+- M = 8 to `most_rows`, other packed weights, and a head that ends in `argmax`: `packed.shared_kernel`.
 - up to 512, int4, on Hopper: `wide.wide_linear`.
 - more: cuBLAS over dequantized weights, or torch's product of integers where the inputs are to be int8 too, and
   `elementwise` for the rest.
@@ -58,14 +58,14 @@ def linear(
     if plan is not None:
         x = x if norm is None else elementwise.rms_norm(x, norm, eps)
         return rows.rows_linear(x, weight, plan, glu=glu, residual=residual, out_dtype=out_dtype)
-    left, residual = residual, residual.x if isinstance(residual, Stream) else residual
+    stream, residual = residual, residual.x if isinstance(residual, Stream) else residual
     options = {"norm": norm, "eps": eps, "glu": glu, "residual": residual, "out_dtype": out_dtype}
     if not language.on_gpu(x):
         return linear_twin(x, weight, **options)
     if digits.suits(x, weight):
         return digits.digits_linear(x, weight, **options)
     if len(x) <= most_rows(weight.format):
-        return linear_kernel(x, weight, **options | {"residual": left})
+        return linear_kernel(x, weight, **options | {"residual": stream})
     if wide.suits(x, weight):
         y = wide.wide_linear(x, weight, norm=norm, eps=eps, residual=residual, out_dtype=None if glu else out_dtype)
         return _finish(elementwise.silu_mul(y), None, out_dtype) if glu else y
@@ -122,13 +122,9 @@ def linear_kernel(
         parts = x.new_empty(plan.splits, M, N, dtype=torch.float32)
         launch(x, weight._replace(bias=None), parts, norm=norm, eps=eps, mode="parts", plan=plan)
         return rows.leave(parts, weight.bias, residual)
-    out = (
-        x.new_empty(M, N, dtype=out_dtype)
-        if residual is None
-        else residual.x
-        if isinstance(residual, Stream)
-        else residual
-    )
+    out = residual.x if isinstance(residual, Stream) else residual
+    if out is None:
+        out = x.new_empty(M, N, dtype=out_dtype)
     launch(x, weight, out, norm=norm, eps=eps, mode=mode, plan=plan)
     return out
 
@@ -198,6 +194,7 @@ def launch(
     "parts" where the plan has some, which out [parts, M, N] takes.
     """
     assert x.is_contiguous() and weight.data.is_contiguous()
+    assert mode != "parts" or plan.across, "only shared_kernel leaves parts"
     M, K = x.shape
     N = weight.shape[0] // (2 if mode == "glu" else 1)
     # Not in the kernel: g * x before its division by the rms can be too large for fp16, and the squares of many rows

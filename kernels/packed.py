@@ -13,7 +13,8 @@ half-words], which Triton spreads over lanes, warps and registers in this order.
 Columns without waste: the least product has eight columns. Where there are fewer rows of activations, columns hold
 those of several blocks of inputs. A block's product is then right in its own columns, and only these are kept.
 
-A program computes some whole rows. Its warps share the inputs, and their sums are added at the end.
+A program computes some whole rows, or a part of their inputs. Its warps share the inputs, and their sums are added at
+the end.
 
 From 8 rows of activations on these are most of what passes through the caches, and there are too few registers to have
 enough of everything on the way. `shared_kernel` copies words and activations into shared memory some steps ahead, where

@@ -145,8 +145,8 @@ def _product_kernel(x, w, bias, out, N, K, M, GLU: tl.constexpr, PARTS: tl.const
                     BN: tl.constexpr, BK: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BM rows of x [M, K] by BN rows of w, with GLU those of gate and up in turns; N is the outputs' number.
 
-    A product's left side has 64 rows or more. Where x has fewer, the weights are that side, so that x takes as little
-    of shared memory as it needs: a processor then has room for the next kernel's first programs, or more under way.
+    A product's left side has 64 rows or more. Where x has fewer, the weights are that side, so that x takes no more of
+    shared memory than it needs: it has room for more weights under way.
     """
     HALVES: tl.constexpr = 2 if GLU else 1
     i = tl.program_id(1) * BN + tl.arange(0, BN)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import language
 from kernels.language import triton
 from kernels.weight import block_of
 
@@ -27,7 +28,7 @@ class Plan(NamedTuple):
     num_warps: int
     depth: int = 1  # stages of a pipeline of tiles; 64-byte blocks of a packed row that a warp takes at a time
     across: int = 0  # packed weights: how many of the warps share BK, where words go through shared memory
-    splits: int = 1  # of these: parts that the inputs are cut into, of a matrix that adds to the residual stream
+    splits: int = 1  # with `across`, of what adds to the residual stream: parts that the inputs are cut into
 
 
 class AttentionPlan(NamedTuple):
@@ -190,6 +191,8 @@ BRIEF, SHORT = CONTEXTS = 256, 1024  # slots up to which attention runs by its p
 def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor, page: int = 0) -> AttentionPlan:
     """For a cache view of `slots` and rows x; the slots of a paged cache lie in blocks of `page`."""
     kind = paged_kind(n_kv_heads, len(x)) if page else attention_kind(n_kv_heads, slots, len(x))
+    if kind == "paged few" and not (page < BRIEF and x.element_size() == 2 and language.hopper(x)):
+        kind = "paged"  # its registers suffice for no more than was tried
     known = lookup(x.device, attention_key(n_kv_heads, head_dim, kind))
     if known and x.element_size() == 2:
         plan = AttentionPlan(*known)
@@ -208,7 +211,7 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
         return AttentionPlan(128, 128, 2 * HOPPER_SMS, 4)
     BS = 64 if row <= 256 else 32
     if kind == "paged few" and row <= 256:
-        return AttentionPlan(256, 256, HOPPER_SMS, 8)
+        return AttentionPlan(BRIEF, BRIEF, HOPPER_SMS, 8)
     if kind in ("paged", "paged few"):
         return AttentionPlan(BS, 128, 2048, 2 if row <= 128 else 4)
     if kind == "paged wide":
@@ -303,5 +306,5 @@ def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | Non
         tiles = triton.cdiv(M, plan.BM) * triton.cdiv(N, plan.BN)
         blocks, most = K // plan.BK, max(1, min(HOPPER_SMS // tiles, K // (2 * plan.BK), K // 256))
         plan = plan._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, most)))  # of which none is empty
-    asks = (small and M <= 64) or (few and not add and not wide)
+    asks = (small and M <= 64) or (few and not add and not wide)  # with gate/up or down of a large model it is slower
     return plan._replace(ahead=512 if asks else 0)

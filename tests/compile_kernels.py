@@ -121,7 +121,7 @@ def hopper() -> None:
     serve(qwen, 1)
     serve(qwen, 200, 2)
     serve(model_of("smollm2-135m", sliding_window=100), 0, 2)
-    decode(llama, 16, 100, length=32768)
+    decode(llama, 16, 32, 100, length=32768)
     for recipe in (*RECIPES.values(), Recipe(format="w8a8", head="int8")):
         model = model_of("llama-3.1-8b", recipe)
         decode(model, 1, 16)
@@ -130,6 +130,7 @@ def hopper() -> None:
     serve(model_of("llama-3.1-8b", RECIPES["int4"]), 0, 13)
     for kv_dtype in ("int8", "fp8"):
         decode(qwen, 2, kv_dtype=kv_dtype)
+        serve(qwen, 1, 0, kv_dtype)
         serve(qwen, 5, 1, kv_dtype)
     probe.read(empty(20000, dtype=torch.float32))
 

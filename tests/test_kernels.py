@@ -119,9 +119,10 @@ def test_a_packed_matrix_whose_inputs_are_cut_over_programs(format: str, splits:
     weight, x, residual = random_weight(format, N, K, bias=True), random(M, K), random(M, N)
     plan = plan._replace(BK=blocks * block_of(weight.format), splits=splits)
     monkeypatch.setattr(tuning, "plan", lambda *_: plan)
+    monkeypatch.setattr(language, "on_gpu", lambda x: True)
     want = linear.linear_twin(x, weight, residual=residual.clone())
     stream = Stream(residual.clone())
-    linear.linear_kernel(x, weight, residual=stream)
+    linear.linear(x, weight, residual=stream)
     assert torch.equal(stream.x, residual) and stream.parts.shape == (splits, M, N)  # yet to be added
     same(stream.whole(), want, 3e-5)
     same(linear.linear_kernel(x, weight, residual=residual), want, 3e-5)

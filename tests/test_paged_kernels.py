@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ HEADS = {
     "four, with norms": Heads(4, 1, 128, q_norm=1 + 0.1 * random(128), k_norm=1 + 0.1 * random(128), eps=1e-6),
     "seven, no rope": Heads(n_heads=7, n_kv_heads=1, head_dim=32, use_rope=False),
     "window": Heads(n_heads=4, n_kv_heads=2, head_dim=32, window=21),
+    "long window": Heads(n_heads=4, n_kv_heads=2, head_dim=32, window=300),
     "window of one": Heads(n_heads=2, n_kv_heads=1, head_dim=16, window=1),
     "head dim 80": Heads(n_heads=2, n_kv_heads=1, head_dim=80),
     "head dim 96, one key head": Heads(n_heads=5, n_kv_heads=1, head_dim=96, window=40),
@@ -142,9 +144,22 @@ def test_decode_attention_over_a_block_table(name: str, plan: str) -> None:
 
 @pytest.mark.parametrize("page", [16, 32])
 @pytest.mark.parametrize("plan", ["blocks over pages", "several over pages, in a row"])
-@pytest.mark.parametrize("name", ["three a key head", "four, with norms", "window", "head dim 80"])
+@pytest.mark.parametrize("name", ["three a key head", "four, with norms", "long window", "head dim 80"])
 def test_slots_of_several_blocks_at_a_time(name: str, plan: str, page: int) -> None:
-    check_decode(HEADS[name], [300, 3, 127, 128], page, PLANS[plan])
+    check_decode(HEADS[name], [450, 3, 127, 128], page, PLANS[plan])
+
+
+@pytest.mark.parametrize("page", [16, 64, 256])
+def test_plans_of_a_paged_cache_suit_its_blocks(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, 1, dtype=torch.bfloat16)
+    monkeypatch.setattr(language, "hopper", lambda x: True)
+    few = tuning.attention_plan(8, 128, 4096, x, page)
+    assert (few.BS == 256) == (page < 256)
+    monkeypatch.setattr(language, "hopper", lambda x: False)
+    for rows, D, dtype in itertools.product((1, 8, 200), (64, 128, 256), (torch.bfloat16, torch.float32)):
+        x = torch.zeros(rows, 1, dtype=dtype)
+        plan = tuning.attention_plan(8, D, 4096, x, page)
+        assert page >= plan.BS and plan.shortest % plan.BS == 0 and plan.BS // plan.num_warps >= 8
 
 
 def test_blocks_of_64_slots() -> None:
