@@ -234,9 +234,7 @@ def _keys(cache, table, start, end, stride_s, D: tl.constexpr, BS: tl.constexpr,
     """
     slot = start + along(3, BS // S // 8, 6) * (8 * S) + along(2, S, 6) * 8 + along(1, 8, 6)
     d = along(4, BD // 32, 6) * 32 + along(0, 4, 6) * 8 + along(5, 8, 6)
-    place = slot.to(tl.int64)
-    if SPREAD:
-        place += _moved(table, slot, end, SPREAD)
+    place = _places(table, slot, slot, end, SPREAD)
     k = tl.load(cache + place * stride_s + d, mask=(slot < end) & (d < D), other=0.0)
     k = tl.reshape(k, [4, 8, S, BS // S // 8, BD // 32, 2, 2, 2])
     return tl.reshape(tl.permute(k, [4, 5, 6, 0, 7, 3, 2, 1]), [BD, BS])
@@ -260,9 +258,7 @@ def _values(cache, table, start, end, stride_s, D: tl.constexpr, BS: tl.constexp
     VEC: tl.constexpr = min(EACH, 8)
     sixteen = start + along(3, BS // 16, 8) * 16  # of one block, whatever its size
     slot = sixteen + along(4, 2, 8) * 8 + along(0, 4, 8) * 2 + along(5, 2, 8)
-    place = slot.to(tl.int64)
-    if SPREAD:
-        place += _moved(table, sixteen, end, SPREAD)
+    place = _places(table, slot, sixteen, end, SPREAD)
     d = (
         (along(2, S, 8) * (EACH // VEC) + along(6, EACH // VEC, 8)) * (8 * VEC)
         + along(1, 8, 8) * VEC
@@ -306,9 +302,7 @@ def _scales(scale, table, start, end, stride_s, BS: tl.constexpr, SPREAD: tl.con
     s = 1.0
     if scale is not None:
         slot = start + tl.arange(0, BS)
-        place = slot.to(tl.int64)
-        if SPREAD:
-            place += _moved(table, slot, end, SPREAD)
+        place = _places(table, slot, slot, end, SPREAD)
         s = tl.load(scale + place * stride_s, mask=slot < end, other=0.0)[None, :]
     return s
 
@@ -335,6 +329,15 @@ def _value_block(v_cache, v_scale, table, moved, start, end, stride_s: tl.conste
         v_scale += at * scale_s
     v = _values(v_cache + at * stride_s, table, start, end, stride_s, D, BS, BD, S, SPREAD)
     return v, _scales(v_scale, table, start, end, scale_s, BS, SPREAD)
+
+
+@jit
+def _places(table, slot, neighbour, end, SPREAD: tl.constexpr):
+    """Where slots are: at their numbers; if they are SPREAD, where `table` has the block of a `neighbour` of each."""
+    place = slot.to(tl.int64)
+    if SPREAD:
+        place += _moved(table, neighbour, end, SPREAD)
+    return place
 
 
 @jit

@@ -190,14 +190,14 @@ BRIEF, SHORT = CONTEXTS = 256, 1024  # slots up to which attention runs by its p
 
 def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor, page: int = 0) -> AttentionPlan:
     """For a cache view of `slots` and rows x; the slots of a paged cache lie in blocks of `page`."""
-    kind = paged_kind(n_kv_heads, len(x)) if page else attention_kind(n_kv_heads, slots, len(x))
-    if kind == "paged few" and not (page < BRIEF and x.element_size() == 2 and language.hopper(x)):
-        kind = "paged"  # its registers suffice for no more than was tried
-    known = lookup(x.device, attention_key(n_kv_heads, head_dim, kind))
-    if known and x.element_size() == 2:
-        plan = AttentionPlan(*known)
+    row, half = head_dim * x.element_size(), x.element_size() == 2
+    if page:
+        # Of wider rows or larger numbers 256 slots would not fit the registers; on other GPUs they were not tried.
+        kind = paged_kind(n_kv_heads, len(x), spread=page < BRIEF and half and row <= 256 and language.hopper(x))
     else:
-        plan = attention_rule(kind, head_dim * x.element_size())
+        kind = attention_kind(n_kv_heads, slots, len(x))
+    known = lookup(x.device, attention_key(n_kv_heads, head_dim, kind))
+    plan = AttentionPlan(*known) if known and half else attention_rule(kind, row)
     if plan.BS > page > 0 and kind != "paged few":
         plan = plan._replace(BS=page, num_warps=max(plan.num_warps * page // plan.BS, 1))
     return plan
@@ -210,9 +210,9 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
     if kind == "short" and row <= 256:
         return AttentionPlan(128, 128, 2 * HOPPER_SMS, 4)
     BS = 64 if row <= 256 else 32
-    if kind == "paged few" and row <= 256:
+    if kind == "paged few":
         return AttentionPlan(BRIEF, BRIEF, HOPPER_SMS, 8)
-    if kind in ("paged", "paged few"):
+    if kind == "paged":
         return AttentionPlan(BS, 128, 2048, 2 if row <= 128 else 4)
     if kind == "paged wide":
         return AttentionPlan(BS, 256, 8 * HOPPER_SMS, 2) if row <= 128 else AttentionPlan(BS, 512, 2048, 4)
@@ -230,12 +230,14 @@ def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
     return "brief" if slots <= BRIEF else "short"
 
 
-def paged_kind(n_kv_heads: int, rows: int) -> str:
+def paged_kind(n_kv_heads: int, rows: int, *, spread: bool) -> str:
     """Rows of a paged cache differ in length: many are cut so that no long one ends last, few to fill the GPU. Of very
-    few a program takes slots of several of the cache's blocks at once.
+    few a program takes slots of several of the cache's blocks at once, where they may be `spread` so.
     """
     programs = rows * n_kv_heads
-    return "paged few" if programs <= 16 else "paged" if programs <= 64 else "paged wide"
+    if spread and programs <= 16:
+        return "paged few"
+    return "paged" if programs <= 64 else "paged wide"
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:

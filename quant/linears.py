@@ -508,9 +508,8 @@ class Fp8Linear(_ByteLinear):
     def multiply(self, x: Tensor) -> Tensor | None:
         if self.native is None or not torch.compiler.is_compiling() or len(x) > 1:
             return None
-        x = _materialized(
-            x.float() * 2.0**64
-        )  # a part of 2^120 and the rest below, so that nothing leaves fp32's range
+        # A part of 2^120 and the rest below, so that nothing leaves fp32's range.
+        x = _materialized(x.float() * 2.0**64)
         return ((self._bits(self.native) * x).sum(-1) * 2.0**56 * self.scale)[None]
 
 

@@ -129,11 +129,14 @@ def candidates(case: Case) -> list[Plan]:
     return plans
 
 
+PARTS = (1, 2, 4)  # that the inputs of what adds to the residual stream are cut into
+
+
 def shared_candidates(case: Case) -> list[Plan]:
     """The plans worth a try for packed words that go through shared memory."""
     halves, inputs = 2 if case.mode == "glu" else 1, block_of(case.format)
     plans = []
-    parts = (1, 2, 4) if case.mode == "add" else (1,)
+    parts = PARTS if case.mode == "add" else (1,)
     for across, alongside, tiles, blocks, splits in itertools.product(
         (1, 2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 4), parts
     ):
@@ -169,7 +172,7 @@ class Bench:
         self.x = torch.randn(case.rows, case.K, device="cuda").bfloat16()
         self.norm = torch.ones(case.K, device="cuda").bfloat16() if case.mode != "add" else None
         self.out = torch.zeros(case.rows, case.N, device="cuda").bfloat16()
-        self.parts = torch.empty(4, case.rows, case.N, device="cuda") if case.mode == "add" else None
+        self.parts = torch.empty(max(PARTS), case.rows, case.N, device="cuda") if case.mode == "add" else None
         if case.mode == "argmax":
             self.out = torch.full((case.rows,), linear.NOTHING, dtype=torch.int64, device="cuda")
 
