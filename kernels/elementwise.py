@@ -61,7 +61,8 @@ def silu_mul_kernel(gate_up: Tensor) -> Tensor:
     y = gate_up.new_empty(M, width // 2)
     block = min(_TILE // 2, triton.next_power_of_2(width // 2))  # of gate, and as much of up
     if M:
-        _silu_mul_kernel[(M * triton.cdiv(width // 2, block),)](gate_up, y, width // 2, block, num_warps=4)
+        grid, options = (M * triton.cdiv(width // 2, block),), language.launch_options(y)
+        _silu_mul_kernel[grid](gate_up, y, width // 2, block, PDL=language.pdl(y), num_warps=4, **options)
     return y
 
 
@@ -240,13 +241,14 @@ def _rms_norm_kernel(x, weight, y, eps, C: tl.constexpr, BLOCK: tl.constexpr, PD
 
 
 @jit
-def _silu_mul_kernel(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program a block of a row's F columns, consecutive programs along the row."""
     dtype = gate_up.dtype.element_ty
     blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     live = cols < F
+    wait(PDL)
     gate = tl.load(gate_up + row * (2 * F) + cols, live, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * (2 * F) + F + cols, live, other=0.0).to(tl.float32)
     product = silu(gate).to(dtype).to(tl.float32) * up

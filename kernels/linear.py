@@ -13,8 +13,8 @@ number of rows M:
 - M = 1 to 7, packed weights: `packed.packed_kernel`.
 - M = 17 to 1024, int8 and fp8, on Hopper: `digits.digits_linear`; any number over `most_rows` where the inputs are to
   be int8 too.
+- M = 17 to 512, int4, on Hopper: `wide.wide_linear`.
 - M = 8 to `most_rows`, other packed weights, and a head that ends in `argmax`: `packed.shared_kernel`.
-- up to 512, int4, on Hopper: `wide.wide_linear`.
 - more: cuBLAS over dequantized weights, or torch's product of integers where the inputs are to be int8 too, and
   `elementwise` for the rest.
 
@@ -64,11 +64,11 @@ def linear(
         return linear_twin(x, weight, **options)
     if digits.suits(x, weight):
         return digits.digits_linear(x, weight, **options)
-    if len(x) <= most_rows(weight.format):
-        return linear_kernel(x, weight, **options | {"residual": stream})
     if wide.suits(x, weight):
         y = wide.wide_linear(x, weight, norm=norm, eps=eps, residual=residual, out_dtype=None if glu else out_dtype)
         return _finish(elementwise.silu_mul(y), None, out_dtype) if glu else y
+    if len(x) <= most_rows(weight.format):
+        return linear_kernel(x, weight, **options | {"residual": stream})
     if norm is not None:
         x = elementwise.rms_norm(x, norm, eps)
     if weight.int8_inputs:

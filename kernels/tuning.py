@@ -56,7 +56,7 @@ class WidePlan(NamedTuple):
     BN: int  # outputs in a tile
     num_warps: int
     depth: int  # blocks under way
-    splits: int  # parts that the inputs are cut into
+    splits: int = 1  # parts that the inputs are cut into
 
 
 class DigitsPlan(NamedTuple):
@@ -253,10 +253,22 @@ def prompt_plan(page: int, x: Tensor) -> PromptPlan:
 
 
 def wide_plan(M: int, N: int, K: int) -> WidePlan:
-    """For a matrix of int4 and M rows: tiles for about all of a Hopper's 132 processors, if need be along K too."""
-    BM = 128 if M <= 128 else 256
-    tiles = triton.cdiv(N, 128) * triton.cdiv(M, BM)
-    return WidePlan(BM, 128, 8, 3, max(1, min(HOPPER_SMS // tiles, K // 512)))
+    """For a matrix of int4 and M rows: tiles for what a Hopper's processors hold at once, if need be along K too."""
+    large = N >= 12288
+    if M <= 32:
+        plan, programs = WidePlan(32, 64, 4, 4 if large else 6), 3 * HOPPER_SMS
+    elif M <= 64:
+        small = N <= 4096
+        plan, programs = WidePlan(64, 64, 4, 4 if small else 3), (2 if small else 3) * HOPPER_SMS
+    elif M <= 128:
+        BM = 96 if M <= 96 else 128
+        plan, programs = WidePlan(BM, 128, 8, 3) if large else WidePlan(BM, 64, 4, 3), 2 * HOPPER_SMS
+    elif M <= 160:
+        plan, programs = WidePlan(160, 128, 8, 3), HOPPER_SMS
+    else:
+        plan, programs = WidePlan(96 if M <= 192 else 128, 128, 8, 3), 2 * HOPPER_SMS
+    tiles = triton.cdiv(N, plan.BN) * triton.cdiv(M, plan.BM)
+    return plan._replace(splits=max(1, min(programs // tiles, K // 512)))
 
 
 def digits_plan(M: int, N: int, K: int, digits: int) -> DigitsPlan:

@@ -1,8 +1,9 @@
-"""A matrix of int4 times 65 to 512 rows of activations, on Hopper's tensor cores, without widening it in memory.
+"""A matrix of int4 times 17 to 512 rows of activations, on Hopper's tensor cores, without widening it in memory.
 
-What counts here is arithmetic: 256 rows of llama-3.1-8b are 3.8 TFLOP. A warp group takes its left side from registers,
-so codes are widened there (`dequantize.widen`), while the products of those before them run, and the right side from
-shared memory, where copies put the activations some steps ahead. One pass serves all rows of a program.
+With more than some 100 rows arithmetic counts: 256 rows of llama-3.1-8b are 3.8 TFLOP. A warp group takes its left side
+from registers, so codes are widened there (`dequantize.widen`), and the right side from shared memory, where copies put
+the activations some steps ahead. One pass serves all rows of a program. Warps wait for their products, whose registers
+are needed for the next codes; others, of the same program or of another on the processor, multiply meanwhile.
 
 As in `packed.py` a thread's 16 bytes of codes are what it needs of a left side if the inputs may come in another order;
 here it is the activations that are brought into it, by `arrange`, which normalizes them on the way. Matrices with too
@@ -15,16 +16,19 @@ from torch import Tensor
 
 from kernels import elementwise, language, tuning
 from kernels.dequantize import widen
-from kernels.language import along, jit, tl, triton
+from kernels.language import jit, launch_options, tl, triton, wait
 from kernels.parts import add_parts
 from kernels.weight import Weight
 
+LEAST_ROWS = 17
 MOST_ROWS = 512  # from there on widening a matrix once costs less than it saves
 
 
 def suits(x: Tensor, weight: Weight) -> bool:
     """Whether `wide_linear` is the way to multiply by a weight."""
-    return weight.format == "int4" and language.hopper(x) and x.element_size() == 2 and len(x) <= MOST_ROWS
+    if weight.format != "int4" or x.element_size() != 2 or not language.hopper(x):
+        return False
+    return LEAST_ROWS <= len(x) <= MOST_ROWS
 
 
 def arrange(x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
@@ -32,7 +36,10 @@ def arrange(x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tenso
     M, K = x.shape
     y = x.new_empty(M, triton.cdiv(K, 128) * 128)
     BLOCK = triton.next_power_of_2(y.shape[1])
-    _arrange_kernel[(M,)](x, norm, y, eps, K, y.shape[1], BLOCK, num_warps=min(max(BLOCK // 1024, 1), 16))
+    if norm is None:
+        BLOCK = min(BLOCK, 2048)
+    options = {"PDL": language.pdl(x), "num_warps": min(max(BLOCK // 1024, 1), 16), **launch_options(x)}
+    _arrange_kernel[(M, triton.cdiv(y.shape[1], BLOCK))](x, norm, y, eps, K, y.shape[1], BLOCK, **options)
     return y
 
 
@@ -62,6 +69,7 @@ def wide_linear(
     x = arrange(x.contiguous(), norm=norm, eps=eps)
     parts = out if plan.splits == 1 else x.new_empty(plan.splits, M, N, dtype=torch.float32)
     grid = triton.cdiv(M, plan.BM), triton.cdiv(N, plan.BN), plan.splits
+    first = 1 << (plan.BM.bit_length() - 1)  # tiles have a power of two of rows: 160 are one of 128 and one of 32
     _wide_kernel[grid](
         x,
         weight.data.view(torch.int16),
@@ -74,13 +82,17 @@ def wide_linear(
         K=K,
         GROUP=weight.group,
         ADD=residual is not None,
-        BM=plan.BM,
+        BM=first,
+        REST=plan.BM - first,
         BN=plan.BN,
         S=plan.num_warps,
         PARTS=plan.splits > 1,
         PTX=language.ptx(x),
+        CUDA=language.cuda(x),
+        PDL=language.pdl(x),
         num_warps=plan.num_warps,
         num_stages=plan.depth,
+        **launch_options(x),
     )
     if plan.splits > 1:
         add_parts(parts, out, bias=weight.bias, add=residual is not None)
@@ -88,12 +100,14 @@ def wide_linear(
 
 
 @jit
-def _arrange_kernel(x, norm, y, eps, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: column c of the result is input `_input(c)`."""
+def _arrange_kernel(x, norm, y, eps, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
+    """BLOCK columns of a row, with a norm all: column c of the result is input `_input(c)`."""
     row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = _input(c)
     live = k < K
+    wait(PDL)
     h = tl.load(x + row * K + k, mask=live, other=0.0)
     if norm is not None:
         f = h.to(tl.float32)
@@ -117,24 +131,51 @@ def _left(v, S: tl.constexpr, REP: tl.constexpr, BN: tl.constexpr):
 
 
 @jit
-def _group(scale, zero, index, words, p: tl.constexpr, S: tl.constexpr, REP: tl.constexpr, BN: tl.constexpr,
-           PTX: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """The p-th nibbles as weights [BN, 32] with the scales and zeros at `index` [BN]."""
+def _steps(scale, at, block, GROUP: tl.constexpr, LAST: tl.constexpr):
+    """Scales or zeros of a block's groups in the rows at `at` [BN], a tensor for each."""
+    steps = ()
+    for group in tl.static_range(128 // GROUP):
+        # A row may end inside of a block: the activations there are zeros.
+        steps = steps + (tl.load(scale + at + tl.minimum(block * (128 // GROUP) + group, LAST)),)
+    return steps
+
+
+@jit
+def _group(words, scales, zeros, p: tl.constexpr, S: tl.constexpr, REP: tl.constexpr, BN: tl.constexpr,
+           ZERO: tl.constexpr, GROUP: tl.constexpr, PTX: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """The p-th nibbles as weights [BN, 32] with their group's scale and zero."""
     v = _left(widen(words, p, "int4", PTX, dtype), S, REP, BN)
     OFFSET: tl.constexpr = 128.0 if PTX else 0.0  # of codes of 4 bits, as `widen` gives them
-    s = tl.load(scale + index).to(dtype)[:, None]
-    if zero is None:
-        v = (v - (OFFSET + 8.0)).to(dtype)
+    if ZERO:
+        v = ((v - OFFSET).to(dtype) - zeros[32 * p // GROUP].to(dtype)[:, None]).to(dtype)
     else:
-        v = ((v - OFFSET).to(dtype) - tl.load(zero + index).to(dtype)[:, None]).to(dtype)
-    return v * s
+        v = (v - (OFFSET + 8.0)).to(dtype)
+    return v * scales[32 * p // GROUP].to(dtype)[:, None]
+
+
+@jit
+def _pair(a, b, BN: tl.constexpr):
+    """a beside b, each [BN, 32]."""
+    return tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [BN, 64])
+
+
+@jit
+def _settled(acc, CUDA: tl.constexpr):
+    """acc, of which the loop makes use, so that Triton waits for the product: else the next codes might be widened into
+    registers that it still reads. Triton means to wait for a product until these are written again, but LLVM widens
+    earlier, since nothing tells it not to (Triton 3.6 and 3.9).
+    """
+    if CUDA:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return acc
 
 
 @jit(do_not_specialize=["M"])
 def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
-                PTX: tl.constexpr):  # fmt: skip
-    """BN outputs of BM rows of arranged x by a matrix of int4, `w` its half-words; S is the number of warps.
+                BM: tl.constexpr, REST: tl.constexpr, BN: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr,
+                PTX: tl.constexpr, CUDA: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """BN outputs of BM + REST rows of arranged x by a matrix of int4, `w` its half-words; S is the number of warps.
 
     With PARTS it is the sum over a part of the inputs, to be finished; else bias is added, and with ADD what out holds.
     """
@@ -143,9 +184,11 @@ def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.
     ROW: tl.constexpr = BLOCKS * 32  # half-words
     REP: tl.constexpr = BN // (16 * S)
     SCALES: tl.constexpr = K // GROUP  # of a row
+    LAST: tl.constexpr = SCALES - 1
+    ZERO: tl.constexpr = zero is not None
     dtype: tl.constexpr = x.dtype.element_ty
     base = tl.program_id(1) * BN
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m = tl.program_id(0) * (BM + REST) + tl.arange(0, BM)
     part = tl.program_id(2)
     begin, end = 0, BLOCKS
     if PARTS:
@@ -154,24 +197,52 @@ def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.
         end = tl.minimum(begin + each, BLOCKS)
     index = base + tl.arange(0, BN)
     row = tl.minimum(index, N - 1)  # past the end: the last row again
-    r = base + along(4, REP, 6) * (16 * S) + along(2, S, 6) * 16 + along(3, 2, 6) * 8 + along(1, 8, 6)
-    half = along(0, 4, 6) * 8 + along(5, 8, 6)
-    codes = w + tl.minimum(r, N - 1).to(tl.int64) * ROW + half
-    rows = x + tl.minimum(m, M - 1)[:, None] * (BLOCKS * BK) + tl.arange(0, BK)[None, :]
+    i = tl.arange(0, BN)
+    tile = base + i // (16 * S) * (16 * S) + i // 8 % S * 16 + i // (8 * S) % 2 * 8 + i % 8
+    codes = w + tl.minimum(tile, N - 1)[:, None].to(tl.int64) * ROW + tl.arange(0, 32)[None, :]
+    k = tl.arange(0, 64)[None, :]
+    # Rows past the end are others again: all the same one, they would make one place of the L2 cache wait for all.
+    rows = x + (m % M)[:, None] * (BLOCKS * BK) + k
     acc = tl.zeros([BN, BM], tl.float32)
+    if REST:
+        m2 = tl.program_id(0) * (BM + REST) + BM + tl.arange(0, REST)
+        rows2 = x + (m2 % M)[:, None] * (BLOCKS * BK) + k
+        acc2 = tl.zeros([BN, REST], tl.float32)
+    at = row * SCALES
+    # Triton does not copy so little ahead: scales are asked for a block before they are needed.
+    scales, zeros, next_zeros = _steps(scale, at, begin, GROUP, LAST), (), ()
+    if ZERO:
+        zeros = _steps(zero, at, begin, GROUP, LAST)
+    wait(PDL)
     for block in range(begin, end):
-        words = tl.load(codes + block * 32)
-        side = tl.load(rows + block * BK)
-        at = row * SCALES
-        first = block * (128 // GROUP)
-        LAST: tl.constexpr = SCALES - 1  # a row may end inside of a block: the activations there are zeros
-        a = _group(scale, zero, at + tl.minimum(first, LAST), words, 0, S, REP, BN, PTX, dtype)
-        b = _group(scale, zero, at + tl.minimum(first + 32 // GROUP, LAST), words, 1, S, REP, BN, PTX, dtype)
-        c = _group(scale, zero, at + tl.minimum(first + 64 // GROUP, LAST), words, 2, S, REP, BN, PTX, dtype)
-        d = _group(scale, zero, at + tl.minimum(first + 96 // GROUP, LAST), words, 3, S, REP, BN, PTX, dtype)
-        left = tl.join(tl.join(a, c), tl.join(b, d))  # [BN, 32, p / 2, p % 2]
-        left = tl.reshape(tl.permute(left, [0, 2, 3, 1]), [BN, BK])
-        acc = tl.dot(left, tl.trans(side), acc, input_precision="ieee")
+        words = tl.permute(tl.reshape(tl.load(codes + block * 32), [REP, 2, S, 8, 4, 8]), [4, 3, 2, 1, 0, 5])
+        low, high = tl.load(rows + block * BK), tl.load(rows + block * BK + 64)
+        if REST:
+            low2, high2 = tl.load(rows2 + block * BK), tl.load(rows2 + block * BK + 64)
+        next_scales = _steps(scale, at, block + 1, GROUP, LAST)
+        if ZERO:
+            next_zeros = _steps(zero, at, block + 1, GROUP, LAST)
+        a = _group(words, scales, zeros, 0, S, REP, BN, ZERO, GROUP, PTX, dtype)
+        b = _group(words, scales, zeros, 1, S, REP, BN, ZERO, GROUP, PTX, dtype)
+        left = _pair(a, b, BN)
+        acc = _settled(tl.dot(left, tl.trans(low), acc, input_precision="ieee"), CUDA)
+        if REST:
+            acc2 = _settled(tl.dot(left, tl.trans(low2), acc2, input_precision="ieee"), CUDA)
+        c = _group(words, scales, zeros, 2, S, REP, BN, ZERO, GROUP, PTX, dtype)
+        d = _group(words, scales, zeros, 3, S, REP, BN, ZERO, GROUP, PTX, dtype)
+        left = _pair(c, d, BN)
+        acc = _settled(tl.dot(left, tl.trans(high), acc, input_precision="ieee"), CUDA)
+        if REST:
+            acc2 = _settled(tl.dot(left, tl.trans(high2), acc2, input_precision="ieee"), CUDA)
+        scales, zeros = next_scales, next_zeros
+    _finish(acc, bias, out, index, row, m, N, M, part, ADD, PARTS)
+    if REST:
+        _finish(acc2, bias, out, index, row, m2, N, M, part, ADD, PARTS)
+
+
+@jit
+def _finish(acc, bias, out, index, row, m, N, M, part, ADD: tl.constexpr, PARTS: tl.constexpr):
+    """Store acc [BN, BM] at outputs `index` of rows m."""
     keep = (index < N)[:, None] & (m < M)[None, :]
     at = m[None, :].to(tl.int64) * N + index[:, None]
     if PARTS:

@@ -7,6 +7,7 @@ are on torch's meta device, which computes shapes alone, and a launch only compi
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from unittest import mock
@@ -127,7 +128,8 @@ def hopper() -> None:
         decode(model, 1, 16)
         serve(model, 250)
     decode(model_of("llama-3.1-8b", RECIPES["int4"]), 3)
-    serve(model_of("llama-3.1-8b", RECIPES["int4"]), 0, 13)
+    for decodes, prompts in ((40, 0), (140, 0), (0, 13)):
+        serve(model_of("llama-3.1-8b", RECIPES["int4"]), decodes, prompts)
     for kv_dtype in ("int8", "fp8"):
         decode(qwen, 2, kv_dtype=kv_dtype)
         serve(qwen, 1, 0, kv_dtype)
@@ -136,7 +138,9 @@ def hopper() -> None:
 
 
 def compile_all(capability: int) -> list[dict]:
-    """What was launched, each kernel in each form once: its name and the shared memory that it takes, in bytes."""
+    """What was launched, each kernel in each form once: its name, the shared memory that it takes, in bytes, and how
+    many asynchronous products it leaves unfinished at most.
+    """
     compiled: dict[int, dict] = {}
     compiles = JITFunction.run
 
@@ -144,7 +148,9 @@ def compile_all(capability: int) -> list[dict]:
         args = [Argument(x) if isinstance(x, Tensor) else x for x in args]
         options = {name: Argument(x) if isinstance(x, Tensor) else x for name, x in options.items()}
         binary = compiles(kernel, *args, grid=grid, warmup=True, **options)
-        compiled[id(binary)] = {"kernel": kernel.__name__, "shared": binary.metadata.shared, "binary": binary}
+        pending = max(map(int, re.findall(r"pendings = (\d+)", binary.asm["ttgir"])), default=0)
+        shared = binary.metadata.shared
+        compiled[id(binary)] = {"kernel": kernel.__name__, "shared": shared, "pending": pending, "binary": binary}
         return binary
 
     triton.runtime.driver.set_active(Driver(capability))
@@ -157,7 +163,7 @@ def compile_all(capability: int) -> list[dict]:
         mock.patch.object(tuning, "lookup", lambda device, key: gpu.get(key)),
     ):
         {80: ampere, 90: hopper}[capability]()
-    return [{name: entry[name] for name in ("kernel", "shared")} for entry in compiled.values()]
+    return [{name: entry[name] for name in ("kernel", "shared", "pending")} for entry in compiled.values()]
 
 
 if __name__ == "__main__":
