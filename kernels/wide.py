@@ -210,7 +210,7 @@ def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.
         acc2 = tl.zeros([BN, REST], tl.float32)
     at = row * SCALES
     # Triton does not copy so little ahead: scales are asked for a block before they are needed.
-    scales, zeros, next_zeros = _steps(scale, at, begin, GROUP, LAST), (), ()
+    scales, zeros = _steps(scale, at, begin, GROUP, LAST), ()
     if ZERO:
         zeros = _steps(zero, at, begin, GROUP, LAST)
     wait(PDL)
@@ -219,7 +219,7 @@ def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.
         low, high = tl.load(rows + block * BK), tl.load(rows + block * BK + 64)
         if REST:
             low2, high2 = tl.load(rows2 + block * BK), tl.load(rows2 + block * BK + 64)
-        next_scales = _steps(scale, at, block + 1, GROUP, LAST)
+        next_scales, next_zeros = _steps(scale, at, block + 1, GROUP, LAST), ()
         if ZERO:
             next_zeros = _steps(zero, at, block + 1, GROUP, LAST)
         a = _group(words, scales, zeros, 0, S, REP, BN, ZERO, GROUP, PTX, dtype)

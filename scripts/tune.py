@@ -23,7 +23,7 @@ import checkpoint
 import cli
 import hardware
 from generator import Generator, Request
-from kernels import digits, linear, tuning
+from kernels import digits, linear, tuning, wide
 from kernels.tuning import Plan
 from kernels.weight import Weight, block_of
 from model import ModelConfig, Transformer
@@ -91,13 +91,13 @@ def cases(config: ModelConfig, formats: list[str], rows: list[int]) -> Iterator[
 
 
 def tuned(case: Case) -> bool:
-    """Whether what runs takes its plan from the table: on Hopper most float matrices of several rows do not, nor most
-    of 8 bits and many.
+    """Whether what runs takes its plan from the table: on Hopper most float matrices of several rows do not, nor packed
+    ones of many.
     """
     if torch.cuda.get_device_capability()[0] != 9:
         return True
     if case.format != "float":
-        return case.format == "int4" or case.mode == "argmax" or case.rows < digits.LEAST_ROWS
+        return case.mode == "argmax" or case.rows < (wide if case.format == "int4" else digits).LEAST_ROWS
     N, glu = case.N * (2 if case.mode == "glu" else 1), case.mode == "glu"
     return tuning.rows_plan(case.rows, N, case.K, glu=glu, add=case.mode == "add") is None
 

@@ -29,6 +29,7 @@ from paged import PagedBatch, PagedCache
 from quant.linears import RECIPES, Recipe, quantize_model
 
 META = torch.device("meta")
+ASYMMETRIC = Recipe(format="int4", head="int8", group_size=32, symmetric=False)
 
 
 class Driver:
@@ -107,10 +108,9 @@ def serve(model: Transformer, decodes: int, prompts: int = 0, kv_dtype: str | No
 
 def ampere() -> None:
     """What runs on GPUs before Hopper, by the rules' plans."""
-    asymmetric = Recipe(format="int4", head="int8", group_size=32, symmetric=False)
     decode(model_of("smollm2-135m"), 1, 3)
     serve(model_of("qwen3-0.6b"), 5, 2, "int8")
-    decode(model_of("qwen2.5-0.5b", asymmetric, torch.float16), 1, 8)
+    decode(model_of("qwen2.5-0.5b", ASYMMETRIC, torch.float16), 1, 8)
     decode(model_of("llama-3.1-8b", RECIPES["int8"]), 16, 100)
 
 
@@ -130,6 +130,7 @@ def hopper() -> None:
     decode(model_of("llama-3.1-8b", RECIPES["int4"]), 3)
     for decodes, prompts in ((40, 0), (140, 0), (0, 13)):
         serve(model_of("llama-3.1-8b", RECIPES["int4"]), decodes, prompts)
+    serve(model_of("qwen2.5-0.5b", ASYMMETRIC), 60)
     for kv_dtype in ("int8", "fp8"):
         decode(qwen, 2, kv_dtype=kv_dtype)
         serve(qwen, 1, 0, kv_dtype)

@@ -96,10 +96,13 @@ def test_what_is_asked_for_beside_tokens(model: Transformer) -> None:
 
 
 def test_the_cache_takes_the_share_of_memory_it_may(model: Transformer) -> None:
-    free, total = torch.cuda.mem_get_info()
+    (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
     share = 1 - (free - 2e9) / total  # two GB of what is free
     options = EngineOptions(gpu_memory_utilization=share, max_running=8, max_step_tokens=256)
     runner = make_runner(model, options, compile=True)
+    taken = free - torch.cuda.mem_get_info()[0] - (torch.cuda.memory_reserved() - reserved)
+    if abs(taken) > 0.3e9:
+        pytest.skip("other processes took or freed memory of this GPU meanwhile")
     assert 0.5e9 < runner.cache.nbytes < 2e9
     assert torch.cuda.mem_get_info()[0] > (1 - share) * total - 0.2e9
     request = ask("x", prompt_of(20), max_new_tokens=9)
