@@ -52,7 +52,7 @@ class PromptPlan(NamedTuple):
 class WidePlan(NamedTuple):
     """How a product of a packed matrix and many rows is cut."""
 
-    BM: int  # rows of activations in a tile
+    BM: int  # rows of activations in a tile: a power of two, or two of them added
     BN: int  # outputs in a tile
     num_warps: int
     depth: int  # blocks under way
@@ -253,7 +253,10 @@ def prompt_plan(page: int, x: Tensor) -> PromptPlan:
 
 
 def wide_plan(M: int, N: int, K: int) -> WidePlan:
-    """For a matrix of int4 and M rows: tiles for what a Hopper's processors hold at once, if need be along K too."""
+    """For a matrix of int4 and M rows: tiles for what a Hopper's processors hold at once, if need be along K too.
+
+    They hold as many programs in bf16 without zeros; in fp16 or with zeros registers suffice for fewer.
+    """
     large = N >= 12288
     if M <= 32:
         plan, programs = WidePlan(32, 64, 4, 4 if large else 6), 3 * HOPPER_SMS
@@ -268,7 +271,8 @@ def wide_plan(M: int, N: int, K: int) -> WidePlan:
     else:
         plan, programs = WidePlan(96 if M <= 192 else 128, 128, 8, 3), 2 * HOPPER_SMS
     tiles = triton.cdiv(N, plan.BN) * triton.cdiv(M, plan.BM)
-    return plan._replace(splits=max(1, min(programs // tiles, K // 512)))
+    blocks, most = triton.cdiv(K, 128), max(1, min(programs // tiles, K // 512))
+    return plan._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, most)))  # of which none is empty
 
 
 def digits_plan(M: int, N: int, K: int, digits: int) -> DigitsPlan:

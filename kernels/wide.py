@@ -21,7 +21,7 @@ from kernels.parts import add_parts
 from kernels.weight import Weight
 
 LEAST_ROWS = 17
-MOST_ROWS = 512  # from there on widening a matrix once costs less than it saves
+MOST_ROWS = 512  # from there on widening a matrix once costs less than it saves (as this kernel was at first)
 
 
 def suits(x: Tensor, weight: Weight) -> bool:
@@ -161,9 +161,8 @@ def _pair(a, b, BN: tl.constexpr):
 
 @jit
 def _settled(acc, CUDA: tl.constexpr):
-    """acc, of which the loop makes use, so that Triton waits for the product: else the next codes might be widened into
-    registers that it still reads. Triton means to wait for a product until these are written again, but LLVM widens
-    earlier, since nothing tells it not to (Triton 3.6 and 3.9).
+    """acc, of which the loop makes use, so that Triton waits for the product. Else a turn's last one is left under way
+    until the next turn's is issued: by then codes were widened into registers that it may still have read.
     """
     if CUDA:
         return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
@@ -197,6 +196,7 @@ def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.
         end = tl.minimum(begin + each, BLOCKS)
     index = base + tl.arange(0, BN)
     row = tl.minimum(index, N - 1)  # past the end: the last row again
+    # Rows in an order that gives a thread, by the layout that Triton takes for copies, what it needs of the left side.
     i = tl.arange(0, BN)
     tile = base + i // (16 * S) * (16 * S) + i // 8 % S * 16 + i // (8 * S) % 2 * 8 + i % 8
     codes = w + tl.minimum(tile, N - 1)[:, None].to(tl.int64) * ROW + tl.arange(0, 32)[None, :]
@@ -215,7 +215,8 @@ def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.
         zeros = _steps(zero, at, begin, GROUP, LAST)
     wait(PDL)
     for block in range(begin, end):
-        words = tl.permute(tl.reshape(tl.load(codes + block * 32), [REP, 2, S, 8, 4, 8]), [4, 3, 2, 1, 0, 5])
+        words = tl.reshape(tl.load(codes + block * 32), [REP, 2, S, 8, 4, 8])
+        words = tl.permute(words, [4, 3, 2, 1, 0, 5])  # [t 4, r 8, S, 2, REP, 8 half-words]
         low, high = tl.load(rows + block * BK), tl.load(rows + block * BK + 64)
         if REST:
             low2, high2 = tl.load(rows2 + block * BK), tl.load(rows2 + block * BK + 64)

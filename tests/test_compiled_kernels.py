@@ -43,8 +43,8 @@ def test_every_kernel_compiles_for_a_hopper_and_fits_into_its_shared_memory() ->
     launched = set(re.findall(r"^ +(\w+_kernel)\[", sources, re.MULTILINE))
     assert len(launched) > 15 and launched == most.keys()
     assert most_shared_memory(most) <= SHARED_MEMORY[90]
-    # Their left sides are registers, which are written again for the next product: none may still be read.
-    assert [most[kernel]["pending"] for kernel in ("_wide_kernel", "_prompt_kernel")] == [0, 0]
+    assert most["_wide_kernel"]["pending"] == 0  # whose left side's registers are written again in the next turn
+    assert most["_product_kernel"]["pending"] > 0  # a left side in shared memory has time: so the count sees something
 
 
 def test_what_older_gpus_run_compiles_for_an_ampere() -> None:
