@@ -128,7 +128,7 @@ def hopper() -> None:
         decode(model, 1, 16)
         serve(model, 250)
     decode(model_of("llama-3.1-8b", RECIPES["int4"]), 3)
-    for decodes, prompts in ((20, 0), (40, 0), (80, 0), (100, 0), (140, 0), (180, 0), (0, 13)):
+    for decodes, prompts in ((20, 0), (80, 0), (140, 0), (0, 13)):
         serve(model_of("llama-3.1-8b", RECIPES["int4"]), decodes, prompts)
     serve(model_of("qwen2.5-0.5b", ASYMMETRIC), 60)
     serve(model_of("qwen2.5-0.5b", ASYMMETRIC, torch.float16), 150)
