@@ -271,8 +271,12 @@ def wide_plan(M: int, N: int, K: int) -> WidePlan:
     else:
         plan, programs = WidePlan(96 if M <= 192 else 128, 128, 8, 3), 2 * HOPPER_SMS
     tiles = triton.cdiv(N, plan.BN) * triton.cdiv(M, plan.BM)
-    blocks, most = triton.cdiv(K, 128), max(1, min(programs // tiles, K // 512))
-    return plan._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, most)))  # of which none is empty
+    return plan._replace(splits=_parts(triton.cdiv(K, 128), min(programs // tiles, K // 512)))
+
+
+def _parts(blocks: int, most: int) -> int:
+    """How many parts of as many blocks each to cut blocks into: at most so many, of which none is empty."""
+    return triton.cdiv(blocks, triton.cdiv(blocks, max(most, 1)))
 
 
 def digits_plan(M: int, N: int, K: int, digits: int) -> DigitsPlan:
@@ -322,7 +326,6 @@ def rows_plan(M: int, N: int, K: int, *, glu: bool, add: bool) -> RowsPlan | Non
         plan = plan._replace(BK=plan.BK // 2, depth=min(2 * plan.depth, 6))
     if add:
         tiles = triton.cdiv(M, plan.BM) * triton.cdiv(N, plan.BN)
-        blocks, most = K // plan.BK, max(1, min(HOPPER_SMS // tiles, K // (2 * plan.BK), K // 256))
-        plan = plan._replace(splits=triton.cdiv(blocks, triton.cdiv(blocks, most)))  # of which none is empty
+        plan = plan._replace(splits=_parts(K // plan.BK, min(HOPPER_SMS // tiles, K // (2 * plan.BK), K // 256)))
     asks = (small and M <= 64) or (few and not add and not wide)  # with gate/up or down of a large model it is slower
     return plan._replace(ahead=512 if asks else 0)

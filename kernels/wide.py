@@ -20,7 +20,7 @@ from kernels.language import jit, launch_options, tl, triton, wait
 from kernels.parts import add_parts
 from kernels.weight import Weight
 
-LEAST_ROWS = 17
+LEAST_ROWS = 17  # of fewer a layer takes less time by `packed.shared_kernel` (README.md)
 MOST_ROWS = 512  # from there on widening a matrix once costs less than it saves (as this kernel was at first)
 
 
@@ -36,7 +36,7 @@ def arrange(x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tenso
     M, K = x.shape
     y = x.new_empty(M, triton.cdiv(K, 128) * 128)
     BLOCK = triton.next_power_of_2(y.shape[1])
-    if norm is None:
+    if norm is None:  # nothing is summed over a row, which then need not be one program's
         BLOCK = min(BLOCK, 2048)
     options = {"PDL": language.pdl(x), "num_warps": min(max(BLOCK // 1024, 1), 16), **launch_options(x)}
     _arrange_kernel[(M, triton.cdiv(y.shape[1], BLOCK))](x, norm, y, eps, K, y.shape[1], BLOCK, **options)
@@ -154,12 +154,6 @@ def _group(words, scales, zeros, p: tl.constexpr, S: tl.constexpr, REP: tl.const
 
 
 @jit
-def _pair(a, b, BN: tl.constexpr):
-    """a beside b, each [BN, 32]."""
-    return tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [BN, 64])
-
-
-@jit
 def _settled(acc, CUDA: tl.constexpr):
     """acc, of which the loop makes use, so that Triton waits for the product. Else a turn's last one is left under way
     until the next turn's is issued: by then codes were widened into registers that it may still have read.
@@ -194,10 +188,10 @@ def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.
         each = tl.cdiv(BLOCKS, tl.num_programs(2))
         begin = part * each
         end = tl.minimum(begin + each, BLOCKS)
-    index = base + tl.arange(0, BN)
+    i = tl.arange(0, BN)
+    index = base + i
     row = tl.minimum(index, N - 1)  # past the end: the last row again
     # Rows in an order that gives a thread, by the layout that Triton takes for copies, what it needs of the left side.
-    i = tl.arange(0, BN)
     tile = base + i // (16 * S) * (16 * S) + i // 8 % S * 16 + i // (8 * S) % 2 * 8 + i % 8
     codes = w + tl.minimum(tile, N - 1)[:, None].to(tl.int64) * ROW + tl.arange(0, 32)[None, :]
     k = tl.arange(0, 64)[None, :]
@@ -217,24 +211,18 @@ def _wide_kernel(x, w, scale, zero, bias, out, N, M, K: tl.constexpr, GROUP: tl.
     for block in range(begin, end):
         words = tl.reshape(tl.load(codes + block * 32), [REP, 2, S, 8, 4, 8])
         words = tl.permute(words, [4, 3, 2, 1, 0, 5])  # [t 4, r 8, S, 2, REP, 8 half-words]
-        low, high = tl.load(rows + block * BK), tl.load(rows + block * BK + 64)
-        if REST:
-            low2, high2 = tl.load(rows2 + block * BK), tl.load(rows2 + block * BK + 64)
         next_scales, next_zeros = _steps(scale, at, block + 1, GROUP, LAST), ()
         if ZERO:
             next_zeros = _steps(zero, at, block + 1, GROUP, LAST)
-        a = _group(words, scales, zeros, 0, S, REP, BN, ZERO, GROUP, PTX, dtype)
-        b = _group(words, scales, zeros, 1, S, REP, BN, ZERO, GROUP, PTX, dtype)
-        left = _pair(a, b, BN)
-        acc = _settled(tl.dot(left, tl.trans(low), acc, input_precision="ieee"), CUDA)
-        if REST:
-            acc2 = _settled(tl.dot(left, tl.trans(low2), acc2, input_precision="ieee"), CUDA)
-        c = _group(words, scales, zeros, 2, S, REP, BN, ZERO, GROUP, PTX, dtype)
-        d = _group(words, scales, zeros, 3, S, REP, BN, ZERO, GROUP, PTX, dtype)
-        left = _pair(c, d, BN)
-        acc = _settled(tl.dot(left, tl.trans(high), acc, input_precision="ieee"), CUDA)
-        if REST:
-            acc2 = _settled(tl.dot(left, tl.trans(high2), acc2, input_precision="ieee"), CUDA)
+        for half in tl.static_range(2):
+            a = _group(words, scales, zeros, 2 * half, S, REP, BN, ZERO, GROUP, PTX, dtype)
+            b = _group(words, scales, zeros, 2 * half + 1, S, REP, BN, ZERO, GROUP, PTX, dtype)
+            left = tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [BN, 64])
+            side = tl.load(rows + block * BK + half * 64)
+            acc = _settled(tl.dot(left, tl.trans(side), acc, input_precision="ieee"), CUDA)
+            if REST:
+                side = tl.load(rows2 + block * BK + half * 64)
+                acc2 = _settled(tl.dot(left, tl.trans(side), acc2, input_precision="ieee"), CUDA)
         scales, zeros = next_scales, next_zeros
     _finish(acc, bias, out, index, row, m, N, M, part, ADD, PARTS)
     if REST:
