@@ -53,6 +53,13 @@ class SamplingParams:
     def penalizes(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but a temperature to draw by, or a token is the one of the largest logit."""
+        if self.temperature == 0.0:
+            return not self.penalizes
+        return self == SamplingParams(temperature=self.temperature, seed=self.seed)
+
 
 def stray_token(tokens: Collection[int], vocab_size: int) -> int | None:
     """The first of `tokens` that no model of so many tokens knows; None if it knows them all."""

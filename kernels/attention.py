@@ -155,6 +155,7 @@ def decode_attention_kernel(
     # Attention of 256 rows takes 250 us, not 228, where it begins beside the product before it, whose shared memory
     # leaves a processor little of its cache. Of a few rows the early start is worth more.
     early = not page or B <= 16
+    loop = slots > splits * plan.BS or plan.shortest > plan.BS
     _attention_kernel[(splits, K, B)](
         qkv,
         cos,
@@ -188,13 +189,13 @@ def decode_attention_kernel(
         BG=triton.next_power_of_2(G),
         BD=max(8 * plan.num_warps, 32, triton.next_power_of_2(D)),
         S=plan.num_warps,
-        LOOP=bool(page) or slots > splits * plan.BS or plan.shortest > plan.BS,
+        LOOP=loop,
         PAGE=page,
         PDL=language.pdl(qkv),
         num_warps=plan.num_warps,
         **(launch_options(qkv) if early else {}),
         # The registers of three programs of four warps.
-        **({"maxnreg": 168} if page and plan.num_warps <= 4 and language.pdl(qkv) else {}),
+        **({"maxnreg": 168} if page >= plan.BS and loop and plan.num_warps <= 4 and language.pdl(qkv) else {}),
     )
     return out
 
@@ -396,14 +397,15 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
     first = 0
     origin = 0  # where the first split begins: in a paged cache at slots that are taken together
     CUT: tl.constexpr = WINDOW > 0 and PAGE > 0
-    LATER: tl.constexpr = PAGE > 0 and BS <= PAGE  # values are asked for when they are due
+    TOGETHER: tl.constexpr = PAGE > 0 and BS <= PAGE  # slots that are taken at a time are of one block
+    LATER: tl.constexpr = TOGETHER and LOOP  # values are asked for when they are due
     if WINDOW:
         first = tl.maximum(pos - WINDOW + 1, 0)
         origin = first // BS * BS if PAGE else first
     length = pos - origin + 1  # the newest included
     splits = SPLITS if SPLITS > 0 else tl.num_programs(0)
     share = tl.maximum(tl.cdiv(tl.cdiv(length, splits), BS) * BS, SHORTEST)
-    if PAGE:  # up to so many slots, parts and their combination would take longer
+    if PAGE and LOOP:  # up to so many slots, parts and their combination would take longer
         WHOLE: tl.constexpr = min(2 * SHORTEST, 256)
         share = tl.where(length <= WHOLE, WHOLE, share)
     n_splits = tl.cdiv(length, share)
@@ -425,12 +427,13 @@ def _attention_kernel(qkv, cos, sin, q_norm, k_norm, input_pos, k_cache, v_cache
         newest_slot = pos.to(tl.int64)
         if PAGE:
             newest_slot += _moved(table, pos, pos, PAGE)
-        if LATER:
+        if TOGETHER:
             here = _moved(table, begin, pos, PAGE)
+        if LATER:
             ahead = _moved(table, begin + BS, pos, PAGE)
         k, ks = _key_block(k_cache, k_scale, table, here, begin, end, stride_s, D, BS, BD, S, SPREAD)
         if not LATER:
-            v, vs = _value_block(v_cache, v_scale, table, 0, begin, end, stride_s, D, BS, BD, S, SPREAD)
+            v, vs = _value_block(v_cache, v_scale, table, here, begin, end, stride_s, D, BS, BD, S, SPREAD)
         half: tl.constexpr = D // 2
         angle = pos.to(tl.int64) * half + tl.where(d < half, d, d - half)
         c = tl.load(cos + angle, mask=d < D, other=0.0)[None, :]

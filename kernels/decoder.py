@@ -44,6 +44,11 @@ class Decoder:
         """The cache length to show to a step: kernels end where the cache is live, but plan by what they are shown."""
         return next((slots for slots in tuning.CONTEXTS if length <= slots < self.max_seq_len), self.max_seq_len)
 
+    def paged_buckets(self, rows: int, block_size: int) -> tuple[int, ...]:
+        """As `bucket`, the numbers of slots to show to steps of so many rows over a paged cache, short of all."""
+        heads, x = self.layers[0].heads, self.model.embed.weight
+        return tuning.CONTEXTS if tuning.spreads(heads.n_kv_heads, heads.head_dim, rows, x, block_size) else ()
+
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: StaticCache | PagedView) -> Tensor:
         """The last layer's output [B, T, C] for tokens [B, T] at positions input_pos [B, T]; writes the cache."""
         B, T = tokens.shape

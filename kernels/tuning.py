@@ -185,33 +185,45 @@ def plan(format: str, M: int, N: int, K: int, mode: str, x: Tensor) -> Plan:
     return _plan(x.device, format, M, N, K, mode, x.element_size())
 
 
-BRIEF, SHORT = CONTEXTS = 256, 1024  # slots up to which attention runs by its plans for brief and for short contexts
+BRIEF, SHORT, MEDIUM = CONTEXTS = 256, 1024, 4096  # slots up to which attention has plans for such contexts
+FEW = 16  # rows times key/value heads up to which latency counts in all of these
 
 
 def attention_plan(n_kv_heads: int, head_dim: int, slots: int, x: Tensor, page: int = 0) -> AttentionPlan:
     """For a cache view of `slots` and rows x; the slots of a paged cache lie in blocks of `page`."""
-    row, half = head_dim * x.element_size(), x.element_size() == 2
-    if page:
-        # Of wider rows or larger numbers 256 slots would not fit the registers; on other GPUs they were not tried.
-        kind = paged_kind(n_kv_heads, len(x), spread=page < BRIEF and half and row <= 256 and language.hopper(x))
+    row, half, rows = head_dim * x.element_size(), x.element_size() == 2, len(x)
+    spread = spreads(n_kv_heads, head_dim, rows, x, page)
+    if page and not spread:
+        kind = "paged" if rows * n_kv_heads <= 64 else "paged wide"
     else:
-        kind = attention_kind(n_kv_heads, slots, len(x))
+        kind = attention_kind(n_kv_heads, slots, rows)
     known = lookup(x.device, attention_key(n_kv_heads, head_dim, kind))
     plan = AttentionPlan(*known) if known and half else attention_rule(kind, row)
-    if plan.BS > page > 0 and kind != "paged few":
+    if plan.BS > page > 0 and not spread:
         plan = plan._replace(BS=page, num_warps=max(plan.num_warps * page // plan.BS, 1))
     return plan
 
 
+def spreads(n_kv_heads: int, head_dim: int, rows: int, x: Tensor, page: int) -> bool:
+    """Whether attention of a model whose activations are as x takes slots of several of a paged cache's blocks at once.
+
+    So it does for few rows, whose plans are those of a cache without blocks. Of wider rows or larger numbers 256 slots
+    would not fit the registers; on other GPUs they were not tried.
+    """
+    few = rows * n_kv_heads <= FEW and head_dim <= 128
+    return few and page < BRIEF and x.element_size() == 2 and language.hopper(x)
+
+
 def attention_rule(kind: str, row: int) -> AttentionPlan:
-    """A plan by arithmetic alone; keys of `row` bytes lie in registers."""
-    if row <= (256 if kind == "brief" else 128 if kind == "short" else 0):
+    """A plan by arithmetic alone; keys of `row` bytes lie in registers.
+
+    Rows of a paged cache differ in length: many are cut so that no long one ends last, fewer to fill the GPU.
+    """
+    if row <= {"brief": 256, "medium": 256, "short": 128}.get(kind, 0):
         return AttentionPlan(256, 256, 2 * HOPPER_SMS, 8)
-    if kind == "short" and row <= 256:
+    if row <= {"short": 256, "long": 128}.get(kind, 0):
         return AttentionPlan(128, 128, 2 * HOPPER_SMS, 4)
     BS = 64 if row <= 256 else 32
-    if kind == "paged few":
-        return AttentionPlan(BRIEF, BRIEF, HOPPER_SMS, 8)
     if kind == "paged":
         return AttentionPlan(BS, 128, 2048, 2 if row <= 128 else 4)
     if kind == "paged wide":
@@ -221,23 +233,14 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
 
 def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
     """In a "brief" context, which one block holds, and a "short" one latency counts, in a "long" one bandwidth. In a
-    short and "wide" one there are programs enough, and it is not worth cutting into splits that have to be combined.
+    "medium" one it is latency for few rows, whose slots all programs together hold at once. In a short and "wide" one
+    there are programs enough, and it is not worth cutting into splits that have to be combined.
     """
     if slots > SHORT:
-        return "long"
+        return "medium" if slots <= MEDIUM and rows * n_kv_heads <= FEW else "long"
     if rows * n_kv_heads >= 64:
         return "wide"
     return "brief" if slots <= BRIEF else "short"
-
-
-def paged_kind(n_kv_heads: int, rows: int, *, spread: bool) -> str:
-    """Rows of a paged cache differ in length: many are cut so that no long one ends last, few to fill the GPU. Of very
-    few a program takes slots of several of the cache's blocks at once, where they may be `spread` so.
-    """
-    programs = rows * n_kv_heads
-    if spread and programs <= 16:
-        return "paged few"
-    return "paged" if programs <= 64 else "paged wide"
 
 
 def attention_key(n_kv_heads: int, head_dim: int, kind: str) -> str:

@@ -171,7 +171,8 @@ def run_offline(engine: Engine, requests: Sequence[Request], concurrency: int) -
             if one.first is None:
                 one.first, one.cached = now, output.cached_tokens
             elif output.token_ids:
-                one.gaps.append(now - newest[output.request_id])
+                count = len(output.token_ids)
+                one.gaps += [(now - newest[output.request_id]) / count] * count
             newest[output.request_id] = one.end = now
             one.tokens += len(output.token_ids)
             running -= output.finish_reason is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hardware
 from kernels.draw import draw
-from sampling import History, SamplingBatch, SamplingParams, sample
+from sampling import History, SamplingBatch, sample
 from serving import request
 from serving.scheduler import Work
 
@@ -146,9 +146,6 @@ class Drawing:
 
 def kind_of(sequence: request.Sequence) -> str:
     """The first of KINDS that does for a sequence."""
-    params, wanted = sequence.params, sequence.request
-    if wanted.logit_bias or wanted.logprobs is not None or sequence.constraint is not None or params.penalizes:
+    if not sequence.plain:
         return "logits"
-    if params.temperature == 0.0:
-        return "greedy"
-    return "plain" if params == SamplingParams(temperature=params.temperature, seed=params.seed) else "logits"
+    return "greedy" if sequence.params.temperature == 0.0 else "plain"

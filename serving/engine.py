@@ -28,7 +28,7 @@ log = logging.getLogger("tachyon.serving")
 
 class Ticket(Protocol):
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """The tokens of a step, once it is done: one for each work that samples, decodes first."""
+        """The tokens of a step, once it is done, as `Scheduler.accept` takes them."""
 
 
 class Runner(Protocol):
@@ -42,6 +42,8 @@ class Runner(Protocol):
     max_seq_len: int
     vocab_size: int
     overlaps: bool  # `launch` returns before the step is done; else a step in advance would only delay results
+    burst: int  # so many tokens up to `burst_rows` sequences may draw in one step
+    burst_rows: int
 
     def launch(self, step: Step) -> Ticket:
         """Put a step on its way, without waiting for it."""
@@ -134,6 +136,8 @@ class Engine:
             policy=options.policy,
             prefix_caching=not options.no_prefix_caching,
             n_host_blocks=runner.n_host_blocks,
+            burst=runner.burst,
+            burst_rows=runner.burst_rows,
         )
         # Guarded by `_changed`, because any thread may call `add`, `abort` and `stop`.
         self._changed = threading.Condition()

@@ -76,7 +76,7 @@ class Mlfq(Fcfs):
         quanta = self.quanta
         for work in step.decodes:
             sequence = work.sequence
-            sequence.served += 1
+            sequence.served += step.burst
             if sequence.served >= quanta[sequence.level]:
                 self._sink(sequence)
         for work in step.prefills:

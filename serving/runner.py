@@ -14,7 +14,7 @@ import gc
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from compiling import compile_model, has_kernels
 from kernels.draw import draw
 from model import Transformer
 from paged import PagedBatch, PagedCache
-from quant.linears import settle_model
+from quant.linears import settle_model, weight_bytes
 from sampling import SamplingBatch, SamplingParams, sample
 from serving.drawing import KINDS, Drawing, Rows
 from serving.request import TokenLogprobs
@@ -41,18 +41,34 @@ MIXED_TOKENS, MIXED_PROMPTS = (32, 128, 256, 512, 1024, 2048), 8
 # The same for what decodes beside them: graphs of the first two are made at the start, others when there are so many.
 MIXED_DECODES = (0, 8, 32, 128)
 FUSED_ROWS = 16  # up to so many greedy rows, the head's kernel finds the largest logits and writes none
+# Between two graphs a GPU waits some 15 us. Of a model whose weights are read in less than a millisecond, that many
+# bytes at most, up to so many rows therefore draw several tokens in a graph. It delays who comes by up to two of them.
+BURST, BURST_ROWS, BURST_BYTES = 4, 16, 2e9
+
+
+class Form(NamedTuple):
+    """What a graph of decode steps is for."""
+
+    size: int  # rows
+    kind: str  # one of KINDS
+    shown: int  # slots of each sequence
+    burst: int  # steps
 
 
 class Ticket:
     """The results of a step that is under way."""
 
     def __init__(self, rows: Rows, tokens: Tensor, logprobs: Sequence[Tensor]) -> None:
+        """Tokens [burst, n], and what reports ask for."""
         self.rows = rows
         self.arrival = hardware.Arrival(tokens, *logprobs)
 
     def wait(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """The token of each Work that samples, decodes first, and its logprobs where they were asked for."""
+        """The token of each Work that samples, decodes first, and its logprobs where they were asked for; of a burst
+        one time after the other.
+        """
         tokens, *logprobs = (x.tolist() for x in self.arrival.wait())
+        tokens = list(itertools.chain(*tokens))
         reports: list[TokenLogprobs | None] = [None] * len(tokens)
         for (row, alternatives), own, values, ids in zip(self.rows.reports, *logprobs, strict=True):
             top = list(zip(ids, values, strict=True))[:alternatives]
@@ -80,6 +96,7 @@ class Runner:
         self.device, self.vocab_size = model.norm.weight.device, model.config.vocab_size
         self.n_blocks, self.block_size, self.n_host_blocks = n_blocks, block_size, n_host_blocks
         self.max_running, self.max_step_tokens = max_running, max_step_tokens
+        self.burst, self.burst_rows = 1, min(BURST_ROWS, max_running)
         self.max_seq_len = min(model.config.max_seq_len, (n_blocks - 1) * block_size)
         self.overlaps = self.device.type == "cuda"
         self.cache = PagedCache(_storage(model, n_blocks, block_size, kv_dtype), model.norm.weight.dtype)
@@ -102,8 +119,10 @@ class Runner:
         self.sizes = torch.arange(max_running + 1, dtype=torch.int32, device=self.device)
         self.kernels = self.decoder is not model  # which can be captured, and end a greedy step by themselves
         self.captures = self.kernels and self.overlaps
+        if self.captures and weight_bytes(model) <= BURST_BYTES:
+            self.burst = BURST
         self.buckets = buckets(max_running)
-        self.graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[Form, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.overlaps else None
         # Of steps that are mixed, by their size, with what they read.
         self.mixed_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor]]] = {}
@@ -125,13 +144,13 @@ class Runner:
         works = step.decodes + [work for work in step.prefills if work.samples]
         rows = self.drawing.rows_of(works)
         if not step.prefills and rows.kind != "logits":
-            return Ticket(rows, self._decode(rows)[: len(works)], [])
-        x = self._mixed(step) if step.prefills else self._decode(rows)
+            return Ticket(rows, self._decode(rows, step)[:, : len(works)], [])
+        x = self._mixed(step) if step.prefills else self._decode(rows, step)
         # In no graph, each of which would keep memory for its own.
         logits = self._logits(x if works else x[:, :0])[: len(works)]
         tokens, reports = self.drawing.draw(rows, works, logits, self.position[rows.index])
         self.newest[rows.index] = tokens
-        return Ticket(rows, tokens, reports)
+        return Ticket(rows, tokens[None], reports)
 
     def _move_blocks(self, step: Step) -> None:
         if step.swap_out:
@@ -192,24 +211,37 @@ class Runner:
         self.position[self.null_row :].zero_()
         return x[:, last]
 
-    def _decode(self, rows: Rows) -> Tensor:
-        """A step of running sequences, and padding: what `_step` gives for them."""
+    def _decode(self, rows: Rows, step: Step) -> Tensor:
+        """A step of running sequences, and padding: what `_steps` gives for them."""
         n = len(rows.slots)
         size = self.buckets[bisect.bisect_left(self.buckets, n)] if self.graphs else n
         if rows is not self.decoded:
             self._show(rows.index)
             self.decoded = rows
-        kind = rows.kind if rows.kind in self._kinds(size) else "plain"
-        if (size, kind) in self.graphs:
-            graph, result = self.graphs[size, kind]
+        longest = step.decodes[0].start + step.burst
+        shown = next(length for length in self._lengths(size) if length >= longest)
+        form = Form(size, rows.kind if rows.kind in self._kinds(size) else "plain", shown, step.burst)
+        if form in self.graphs:
+            graph, result = self.graphs[form]
             graph.replay()
         else:
-            result = self._step(size, kind)
+            result = self._steps(form)
         return result
 
     def _kinds(self, size: int) -> tuple[str, ...]:
         """Those of KINDS that steps of a size are of: where logits are written, drawing takes greedy rows along."""
         return KINDS[1:] if self.kernels and size > FUSED_ROWS else KINDS
+
+    def _lengths(self, size: int) -> list[int]:
+        """How many slots of each sequence attention is shown in steps of a size, the fewest first."""
+        some = self.decoder.paged_buckets(size, self.block_size) if self.captures else ()
+        return [*(n for n in some if n < self.max_seq_len), self.max_seq_len]
+
+    def _forms(self, size: int) -> list[Form]:
+        """All that steps of a size may be."""
+        bursts = {1, self.burst if size <= self.burst_rows else 1}
+        forms = itertools.product([size], self._kinds(size), self._lengths(size), sorted(bursts))
+        return [Form(*form) for form in forms if form[1] != "logits" or form[3] == 1]
 
     def _show(self, index: Tensor) -> None:
         """Let decode steps run these slots, and the null row, from its beginning, in the place of those missing."""
@@ -217,29 +249,45 @@ class Runner:
         self.decoding_int32.copy_(self.decoding)
         self.state[:, self.null_row :].zero_()
 
-    def _step(self, size: int, kind: str) -> Tensor:
-        """A step of the first `size` slots in `decoding`, of one of KINDS: tokens [size], or what `_logits` takes.
+    def _steps(self, form: Form) -> Tensor:
+        """A burst of steps of the first slots in `decoding`: tokens [burst, size], or what `_logits` takes.
 
         It reads and writes tables alone, so a graph can hold it. Who is drawn from logits is given its token later.
         """
-        index, slots = self.decoding[:size], self.decoding_int32[:size]
-        state = self.state[:, index]
-        tokens, at = state
-        x = self._hidden(tokens, at, slots, size, self.sizes[size:][:1], 0)
-        if kind == "greedy" and self.kernels:
-            self.decoder.greedy(x.view(size, 1, -1), tokens[:, None], at[:, None], self.max_seq_len)
-        else:
-            at += 1
-            if kind == "greedy":
-                torch.argmax(self._logits(x), -1, out=tokens)
-            elif kind == "plain":
-                draw(self._logits(x), index, self.drawing.temperature, self.drawing.seed, at, out=tokens)
-        self.state[:, index] = state
-        return x if kind == "logits" else tokens
+        index = self.decoding[: form.size]
+        state = torch.empty(form.burst + 1, form.size, dtype=torch.int64, device=self.device)
+        torch.index_select(self.state, 1, index, out=state[-2:])  # tokens, and behind them where the newest goes
+        newest, at = state[-2:]
+        for following in state[:-1]:
+            x = self._step(form, newest, at, following)
+            newest = following
+        self.state[:, index] = state[-2:]
+        return x if form.kind == "logits" else state[:-1]
 
-    def _hidden(self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int) -> Tensor:
-        view = self.cache.view(PagedBatch(self.tables, slots, decodes, starts, longest))
-        return self.decoder.hidden(tokens[None], at[None], view)  # [1, T, C]
+    def _step(self, form: Form, newest: Tensor, at: Tensor, following: Tensor) -> Tensor:
+        """The newest tokens [size] at `at` [size] go through the model; those that follow are written, and `at` moves
+        on. Returns the last layer's output [1, size, C].
+        """
+        size, kind = form.size, form.kind
+        index, slots = self.decoding[:size], self.decoding_int32[:size]
+        x = self._hidden(newest, at, slots, size, self.sizes[size:][:1], 0, form.shown)
+        if kind == "greedy" and self.kernels:
+            self.decoder.greedy(x.view(size, 1, -1), following[:, None], at[:, None], self.max_seq_len)
+            return x
+        at += 1
+        if kind == "greedy":
+            torch.argmax(self._logits(x), -1, out=following)
+        elif kind == "plain":
+            draw(self._logits(x), index, self.drawing.temperature, self.drawing.seed, at, out=following)
+        return x
+
+    def _hidden(
+        self, tokens: Tensor, at: Tensor, slots: Tensor, decodes: int, starts: Tensor, longest: int, shown: int = 0
+    ) -> Tensor:
+        """[1, T, C]; attention is shown so many slots of each sequence, or all."""
+        tables = self.tables[:, : -(-shown // self.block_size)] if shown else self.tables
+        view = self.cache.view(PagedBatch(tables, slots, decodes, starts, longest))
+        return self.decoder.hidden(tokens[None], at[None], view)
 
     def _logits(self, x: Tensor) -> Tensor:
         """[n, V] from x [1, n, C]."""
@@ -271,12 +319,12 @@ class Runner:
     @torch.no_grad()
     def prepare(self, size: int) -> None:
         """Compile what decode steps of a size need, and capture them on CUDA."""
-        self._show(self.decoding[:0])
         self.decoded = None
-        for kind in self._kinds(size):
-            self._step(size, kind)
+        for form in self._forms(size):
+            self._show(self.decoding[:0])  # each from position 0 on
+            self._steps(form)
             if self.captures:
-                self.graphs[size, kind] = self._capture(functools.partial(self._step, size, kind))
+                self.graphs[form] = self._capture(functools.partial(self._steps, form))
 
     @torch.no_grad()
     def prepare_mixed(self, size: tuple[int, int]) -> None:

@@ -50,6 +50,7 @@ class Step:
 
     # Of count 1: the newest token of a running sequence, which may so far exist on the device only. The longest first.
     decodes: list[Work] = field(default_factory=list)
+    burst: int = 1  # how often they all run, each time with the token drawn before; more than once only by themselves
     # Known tokens: sequence.tokens[start : start + count]. Also recomputation after a preemption, and the last prompt
     # token once more for samples 2..n, which share the first one's blocks.
     prefills: list[Work] = field(default_factory=list)
@@ -76,7 +77,7 @@ class Scheduler:
     """The queue, the running sequences and their memory.
 
     `watermark` is the share of blocks that stays free when a sequence comes in beside others, so that those can grow
-    and do not preempt it at once.
+    and do not preempt it at once. While nobody waits, up to `burst_rows` sequences draw `burst` tokens in a step.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class Scheduler:
         prefix_caching: bool = True,
         n_host_blocks: int = 0,
         watermark: float = 0.01,
+        burst: int = 1,
+        burst_rows: int = 0,
     ) -> None:
         if max_running < 1 or max_step_tokens < max_running:
             raise ValueError(
@@ -111,6 +114,7 @@ class Scheduler:
         self.max_seq_len = min(max_seq_len, self.pool.total * block_size + 1)
         self.prefix_caching = prefix_caching
         self.watermark = math.ceil(watermark * self.pool.total)
+        self.burst, self.burst_rows = burst, burst_rows
         self.waiting = WaitingQueue(policy)
         self.decoding: dict[Sequence, None] = {}  # running, in the order they came in; prompts are done
         self.prefilling: dict[Sequence, None] = {}  # running, prompts partly done
@@ -239,16 +243,25 @@ class Scheduler:
         self._host_leaving, self._held = [], []
         if not step.decodes and not step.prefills:
             return None  # what is swapped out, if anything, leads the next step
+        if self._may_burst():
+            step.burst = self.burst
         self._step = Step()
         self.in_flight.append(step)
         return step
+
+    def _may_burst(self) -> bool:
+        """Whether the step in the making has nothing but rows that need not be looked at for so many tokens."""
+        decodes, burst = self._step.decodes, self.burst
+        if burst == 1 or len(decodes) > self.burst_rows or self._samples > len(decodes):
+            return False
+        return all(s.plain and s.computed + burst <= s.capacity for s, *_ in decodes)
 
     def launched(self, step: Step) -> None:
         """The step is on its way: what it writes may be read by the steps after it."""
         for work in step.decodes:
             sequence = work[0]
-            sequence.computed += 1
-            sequence.pending += 1
+            sequence.computed += step.burst
+            sequence.pending += step.burst
         for sequence, start, count, samples, _, _ in step.prefills:
             sequence.computed = start + count
             self._publish(sequence)
@@ -263,31 +276,39 @@ class Scheduler:
     def accept(
         self, step: Step, tokens: abc.Sequence[int], logprobs: abc.Sequence[TokenLogprobs | None]
     ) -> list[Output]:
-        """Take what a step has drawn: one for each work that samples, decodes first."""
+        """Take what a step has drawn: a token for each work that samples, decodes first; in a burst, so for each time
+        that they ran, one after the other.
+        """
         expected = self.in_flight.popleft()
         assert step is expected, "steps are accepted in the order they were scheduled"
-        outputs = []
+        outputs, drawn = [], 0
         works = step.decodes + [work for work in step.prefills if work.samples]
-        for (sequence, _, _, _, epoch, _), token, logprob in zip(works, tokens, logprobs, strict=True):
+        n = len(works)
+        assert len(tokens) == len(logprobs) == n * step.burst, "there is a token for each work each time"
+        for i, (sequence, _, _, _, epoch, _) in enumerate(works):
             if sequence.epoch != epoch:
                 continue
-            sequence.pending -= 1
             request, reason, error = sequence.request, None, None
-            new = [token]
-            if token in request.stop_ids:
-                new, logprob, reason = [], None, "stop"
-            else:
+            new, reported = [], None if logprobs[i] is None else logprobs[i::n]
+            for token in tokens[i::n]:
+                sequence.pending -= 1
+                drawn += 1
+                if token in request.stop_ids:
+                    reported, reason = None, "stop"
+                    break
+                new.append(token)
                 sequence.append(token)
                 if sequence.constraint is not None:
                     reason, error = _advance(sequence, token)
                 if reason is None and len(sequence.tokens) >= sequence.end:
                     reason = "length"
+                if reason is not None:
+                    break
             if reason is not None:
                 self._finish(sequence, reason)
-            reported = None if logprob is None else [logprob]
             cached, queued_s = sequence.cached_tokens, sequence.queued_s
             outputs.append(Output(request.id, sequence.index, new, reported, reason, error, cached, queued_s))
-        self.counters.generated_tokens += len(outputs)
+        self.counters.generated_tokens += drawn
         return outputs
 
     def _fill(self) -> None:

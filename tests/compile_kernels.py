@@ -93,12 +93,12 @@ def prompt(model: Transformer, T: int, kv_dtype: str | None = None) -> None:
     decoder.logits(decoder.hidden(tokens, pos, cache))
 
 
-def serve(model: Transformer, decodes: int, prompts: int = 0, kv_dtype: str | None = None) -> None:
+def serve(model: Transformer, decodes: int, prompts: int = 0, kv_dtype: str | None = None, length: int = 2048) -> None:
     """A step of an engine: so many decoding sequences, and so many of 40 tokens."""
     rows, T = decodes + prompts, decodes + 40 * prompts
     cache = PagedCache.allocate(n_blocks=9, block_size=64, **storage(model, kv_dtype))
-    tables, at, starts = (empty(*s, dtype=torch.int32) for s in ((rows, 32), (rows,), (prompts + 1,)))
-    decoder = Decoder(model, max_seq_len=2048, batch_size=max(rows, 1))
+    tables, at, starts = (empty(*s, dtype=torch.int32) for s in ((rows, length // 64), (rows,), (prompts + 1,)))
+    decoder = Decoder(model, max_seq_len=length, batch_size=max(rows, 1))
     tokens, pos = (empty(1, T, dtype=torch.int64) for _ in range(2))
     x = decoder.hidden(tokens, pos, cache.view(PagedBatch(tables, at, decodes, starts, 40)))
     logits = decoder.logits(x[0, :rows])
@@ -119,7 +119,10 @@ def hopper() -> None:
     small, qwen, llama = (model_of(name) for name in ("smollm2-135m", "qwen3-0.6b", "llama-3.1-8b"))
     decode(small, 1, 3, 48)
     prompt(small, 300)
-    serve(qwen, 1)
+    for length in (256, 1024, 4096, 8192):
+        decode(qwen, 1, length=length)
+        serve(qwen, 1, length=length)
+        serve(small, 4, length=length)
     serve(qwen, 200, 2)
     serve(model_of("smollm2-135m", sliding_window=100), 0, 2)
     decode(llama, 16, 32, 100, length=32768)

@@ -101,9 +101,12 @@ class FakeRunner:
         max_step_tokens: int = 32,
         max_seq_len: int = 1000,
         n_host_blocks: int = 0,
+        burst: int = 1,
+        burst_rows: int = 4,
     ) -> None:
         self.n_blocks, self.block_size, self.max_seq_len = n_blocks, block_size, max_seq_len
         self.max_running, self.max_step_tokens, self.n_host_blocks = max_running, max_step_tokens, n_host_blocks
+        self.burst, self.burst_rows = burst, burst_rows
         self.device = [[-1] * block_size for _ in range(n_blocks)]
         self.host = [[-1] * block_size for _ in range(n_host_blocks)]
         self.tables: list[dict[int, int]] = [{} for _ in range(max_running)]
@@ -130,19 +133,22 @@ class FakeRunner:
             self.tables[slot][index] = block
         works = [*step.decodes, *step.prefills]
         assert len({work.sequence.slot for work in works}) == len(works), "two works for one slot"
-        # Several sequences run side by side on a device: nobody may read what another writes in the same step.
-        written = [self._forward(work, decodes=i < len(step.decodes)) for i, work in enumerate(works)]
-        for places in written:
-            for block, offset, entry in places:
-                self.device[block][offset] = entry
-        drawn = [self._sample(work) for work in works if work.samples]
-        return FakeTicket(
-            drawn,
-            [
-                None if work.sequence.request.logprobs is None else TokenLogprobs(token, -1.0, [])
-                for work, token in zip([w for w in works if w.samples], drawn, strict=True)
-            ],
-        )
+        assert step.burst == 1 or (0 < len(works) <= self.burst_rows and not step.prefills)
+        drawn, logprobs = [], []
+        for turn in range(step.burst):
+            # Several sequences run side by side on a device: nobody may read what another writes in the same step.
+            written = [self._forward(work, turn, decodes=i < len(step.decodes)) for i, work in enumerate(works)]
+            for places in written:
+                for block, offset, entry in places:
+                    self.device[block][offset] = entry
+            for work in works:
+                if work.samples:
+                    token = self._sample(work, turn)
+                    drawn.append(token)
+                    asked = work.sequence.request.logprobs is not None
+                    assert step.burst == 1 or not asked
+                    logprobs.append(TokenLogprobs(token, -1.0, []) if asked else None)
+        return FakeTicket(drawn, logprobs)
 
     def _move(self, step: Step) -> None:
         for pairs in (step.swap_out, step.swap_in, step.copies):
@@ -160,20 +166,21 @@ class FakeRunner:
         table, size = self.tables[slot], self.block_size
         return [self.device[table[i // size]][i % size] for i in range(length)]
 
-    def _forward(self, work: Work, *, decodes: bool) -> list[tuple[int, int, int]]:
-        """The entries that a work writes, as (block, offset, entry)."""
+    def _forward(self, work: Work, turn: int, *, decodes: bool) -> list[tuple[int, int, int]]:
+        """The entries that a work writes in a turn of a burst, as (block, offset, entry)."""
         slot = work.sequence.slot
         tokens = [self.newest[slot]] if decodes else work.sequence.tokens[work.start : work.start + work.count]
         assert len(tokens) == work.count and min(tokens) >= 0
-        entries, written = self._read(slot, work.start), []
-        for position, token in enumerate(tokens, work.start):
+        start = work.start + turn
+        entries, written = self._read(slot, start), []
+        for position, token in enumerate(tokens, start):
             entries.append(_entry(token, position, _attend(entries)))
             block = self.tables[slot][position // self.block_size]
             written.append((block, position % self.block_size, entries[-1]))
         return written
 
-    def _sample(self, work: Work) -> int:
-        slot, length = work.sequence.slot, work.start + work.count
+    def _sample(self, work: Work, turn: int) -> int:
+        slot, length = work.sequence.slot, work.start + turn + work.count
         state = _attend(self._read(slot, length))
         self.newest[slot] = token = _draw(state, self.params[slot].seed, length, work.mask)
         return token

@@ -12,10 +12,14 @@ import pytest
 
 import cli
 from checkpoint import open_checkpoint
+from sampling import SamplingParams
 from scripts import bench_serving, traffic
-from scripts.bench_serving import Options
+from scripts.bench_serving import Options, run_offline
 from scripts.traffic import Seen
+from serving.engine import Engine, EngineOptions
+from serving.request import Request
 from tests.fake_engine import Live, serve
+from tests.fake_runner import FakeRunner
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -89,6 +93,15 @@ def test_offline_users_wait_for_their_own_answer_only(run, tiny_directory: Path)
     assert alone["output_tokens"] == together["output_tokens"] == 180
     assert alone["ttft_ms"]["p90"] < together["ttft_ms"]["p90"]
     assert alone["inter_token_ms"]["p50"] * 29 < alone["e2e_ms"]["p99"]
+
+
+def test_tokens_that_come_together_have_the_time_between_them_in_equal_parts() -> None:
+    runner = FakeRunner(n_blocks=101, block_size=16, burst=4)
+    requests = [Request(id="x", prompt=[1, 2, 3], params=SamplingParams(), max_new_tokens=40)]
+    result = run_offline(Engine(runner, options=EngineOptions()), requests, 1)
+    assert runner.steps < 20
+    one = result["inter_token_ms"]["mean"] * 39
+    assert one == pytest.approx(result["e2e_ms"]["p50"] - result["ttft_ms"]["p50"], rel=1e-6)
 
 
 def test_online_users_have_one_request_at_a_time(run, live: Live) -> None:

@@ -274,7 +274,18 @@ def test_decode_attention(monkeypatch: pytest.MonkeyPatch, name: str, positions:
 
 @pytest.mark.parametrize(
     ("slots", "rows", "kind"),
-    [(256, 1, "brief"), (257, 1, "short"), (1024, 7, "short"), (256, 8, "wide"), (1024, 8, "wide"), (1025, 8, "long")],
+    [
+        (256, 1, "brief"),
+        (257, 1, "short"),
+        (1024, 7, "short"),
+        (256, 8, "wide"),
+        (1024, 8, "wide"),
+        (1025, 8, "long"),
+        (1025, 3, "long"),
+        (1025, 2, "medium"),
+        (4096, 2, "medium"),
+        (4097, 1, "long"),
+    ],
 )
 def test_the_kind_of_attention_goes_by_context_and_rows(slots: int, rows: int, kind: str) -> None:
     assert tuning.attention_kind(8, slots, rows) == kind

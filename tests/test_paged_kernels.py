@@ -153,8 +153,10 @@ def test_slots_of_several_blocks_at_a_time(name: str, plan: str, page: int) -> N
 def test_plans_of_a_paged_cache_suit_its_blocks(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 1, dtype=torch.bfloat16)
     monkeypatch.setattr(language, "hopper", lambda x: True)
-    few = tuning.attention_plan(8, 128, 4096, x, page)
-    assert (few.BS == 256) == (page < 256)
+    for slots in (256, 1024, 4096, 40960):
+        few = tuning.attention_plan(8, 128, slots, x, page)
+        assert (few == tuning.attention_plan(8, 128, slots, x)) == (page < 256)
+        assert few.BS <= page or page < 256
     monkeypatch.setattr(language, "hopper", lambda x: False)
     for rows, D, dtype in itertools.product((1, 8, 200), (64, 128, 256), (torch.bfloat16, torch.float32)):
         x = torch.zeros(rows, 1, dtype=dtype)

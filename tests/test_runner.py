@@ -147,18 +147,23 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
     return graphs
 
 
+@pytest.mark.parametrize("burst", [1, 3])
 @pytest.mark.parametrize("sizes", [{}, {"max_step_tokens": 1000}], ids=["chunks", "whole prompts"])
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_graphs_of_the_kernels_steps_give_the_same(
-    switches: str, sizes: dict, captured: list[Replayed], monkeypatch: pytest.MonkeyPatch
+    switches: str, sizes: dict, burst: int, captured: list[Replayed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(replace(TINY, **SWITCHES[switches]))
     decoder = Decoder(model, max_seq_len=TINY.max_seq_len, batch_size=18)
     runner = new_runner(model, decoder=decoder, max_running=18, n_blocks=61, **sizes)
-    runner.captures = True
+    runner.captures, runner.burst = True, burst
+    monkeypatch.setattr(Decoder, "paged_buckets", lambda decoder, rows, _: (16, 64) if rows <= 4 else ())
     runner.run_largest()
     runner.warm_up()
-    monkeypatch.setattr(runner, "_step", lambda size, kind: pytest.fail("ran without its graph"))
+    used = set()
+    for form, (graph, _) in runner.graphs.items():
+        monkeypatch.setattr(graph, "replay", lambda form=form, replay=graph.replay: (used.add(form), replay()))
+    monkeypatch.setattr(runner, "_steps", lambda form: pytest.fail("ran without its graph"))
     expected = crowd_alone(switches)
     assert serve(runner, *crowd()).tokens == expected  # in steps of all sizes, in which some are sampled
     assert len(captured) == len(runner.graphs) + len(runner.mixed_graphs)
@@ -167,6 +172,9 @@ def test_graphs_of_the_kernels_steps_give_the_same(
     for company in (greedy[:1], greedy[:5], plain[:1], plain[:5], greedy[:12] + plain, greedy):
         served = serve(runner, *company)
         assert served.tokens == {(r.id, i): expected[r.id, i] for r in company for i in range(r.n)}
+    assert {form.burst for form in used} == {1, burst}
+    assert {form.shown for form in used if form.size <= 4} == {16, 64, runner.max_seq_len}
+    assert {form.shown for form in used if form.size > 4} == {runner.max_seq_len}
 
 
 def test_first_requests_find_their_graphs_made(captured: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,14 +351,14 @@ def test_a_graph_of_a_larger_size_computes_the_same(model: Transformer) -> None:
     """What pads a batch changes nothing, and is never longer than the others."""
     runner = new_runner(model, max_running=6)
     requests = [ask(str(i), prompt_of(5 + i, i), max_new_tokens=20) for i in range(3)]
-    step = runner._step
-    runner._step = lambda size, kind: step(6, kind)
+    steps = runner._steps
+    runner._steps = lambda form: steps(form._replace(size=6))
     served = serve(runner, *requests)
     for request in requests:
         assert served.tokens[request.id, 0] == alone(model, request)
     assert 0 < runner.position[runner.null_row] < 20
     runner.prepare(6)
-    assert runner.position[runner.null_row] == 3  # a step each of three kinds
+    assert runner.position[runner.null_row] == 1  # of the last kind
 
 
 def test_a_runner_takes_the_memory_it_is_given(model: Transformer) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from sampling import SamplingParams
 from serving.policies import Mlfq
 from serving.request import Output, Request
 from serving.scheduler import Scheduler, Step
@@ -20,6 +21,7 @@ class Machine:
     def __init__(self, *, overlap: bool = False, policy: str | Mlfq = "fcfs", prefix_caching: bool = True, **sizes):
         self.runner = FakeRunner(**sizes)
         names = "n_blocks", "block_size", "max_running", "max_step_tokens", "max_seq_len", "n_host_blocks"
+        names += "burst", "burst_rows"
         sizes = {name: getattr(self.runner, name) for name in names}
         self.scheduler = Scheduler(policy=policy, prefix_caching=prefix_caching, **sizes)
         self.overlap = overlap
@@ -103,11 +105,12 @@ def test_tokens_are_those_of_each_request_alone(overlap: bool) -> None:
     assert machine.scheduler.counters.preemptions == 0
 
 
+@pytest.mark.parametrize("burst", [1, 3])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_stop_id_ends_an_answer_and_is_not_in_it(overlap: bool) -> None:
+def test_a_stop_id_ends_an_answer_and_is_not_in_it(overlap: bool, burst: int) -> None:
     whole, _ = reference(request("x", prompt(5)), max_seq_len=1000)
     for at in (0, 3, 7):
-        machine = Machine(overlap=overlap)
+        machine = Machine(overlap=overlap, burst=burst)
         one = request("x", prompt(5), stop_ids=frozenset({whole[at]}))
         machine.run(one)
         machine.expect(one)
@@ -122,6 +125,40 @@ def test_with_overlap_a_step_is_scheduled_before_the_one_before_is_known() -> No
     assert len(machine.outputs) == 3 and machine.scheduler.n_waiting == 0
     assert machine.turn() is None  # all its tokens were under way: no fifth step
     machine.expect(request("x", prompt(5), max_new_tokens=4))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_while_nobody_waits_few_sequences_draw_several_tokens_in_a_step(overlap: bool) -> None:
+    machine = Machine(overlap=overlap, n_blocks=21, block_size=16, burst=3, burst_rows=2)
+    requests = [request(str(i), prompt(5, i), max_new_tokens=30 + 6 * i, seed=i) for i in range(3)]
+    turns = {0: requests[0], 3: requests[1], 5: requests[2]}
+    for turn in range(8):
+        machine.add(*(one for at, one in turns.items() if at == turn))
+        machine.turn()
+    machine.run()
+    machine.expect(*requests)
+    steps = [(len(step.decodes), len(step.prefills), step.burst) for step in machine.steps]
+    assert steps[:7] == [(0, 1, 1), (1, 0, 3), (1, 0, 3), (1, 1, 1), (2, 0, 3), (2, 1, 1), (3, 0, 1)]
+    assert sum(burst == 3 for _, _, burst in steps) > 5
+    for work in itertools.chain(*(step.decodes for step in machine.steps if step.burst == 3)):
+        assert work.start % 16 <= 13 and work.start + 3 < work.sequence.end  # with memory, and no token too many
+    assert machine.scheduler.counters.generated_tokens == 30 + 36 + 42
+
+
+def test_a_burst_is_only_for_what_a_device_draws_by_itself() -> None:
+    wanted = {
+        "logprobs": {"logprobs": 0},
+        "bias": {"logit_bias": {3: 1.0}},
+        "constraint": {"constraint": lambda: Every(30)},
+        "penalty": {"params": SamplingParams(presence_penalty=1.0)},
+        "top-p": {"params": SamplingParams(temperature=1.0, top_p=0.9)},
+        "greedy": {"params": SamplingParams(top_p=0.9)},
+        "temperature": {"params": SamplingParams(temperature=0.7, seed=3)},
+    }
+    for name, fields in wanted.items():
+        machine = Machine(n_blocks=21, block_size=16, burst=4)
+        machine.run(request(name, prompt(5), max_new_tokens=12, **fields))
+        assert any(step.burst > 1 for step in machine.steps) == (name in ("greedy", "temperature")), name
 
 
 def test_late_results_of_a_finished_sequence_are_dropped() -> None:
@@ -519,6 +556,10 @@ def test_a_sequence_sinks_a_level_when_it_has_used_up_a_quantum() -> None:
     (sequence,) = machine.scheduler.requests["x"]
     levels = [sequence.level for _ in range(12) if machine.turn()]
     assert levels == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    machine = Machine(policy=Mlfq(quantum=4, levels=3, prefill=100), n_blocks=101, block_size=32, burst=4)
+    machine.add(request("x", prompt(5), max_new_tokens=20))
+    (sequence,) = machine.scheduler.requests["x"]
+    assert [sequence.level for _ in range(5) if machine.turn()] == [0, 1, 1, 2, 2]
 
 
 def test_a_long_answer_is_not_starved_by_short_ones() -> None:
@@ -570,6 +611,8 @@ SIZES = st.fixed_dictionaries(
         "max_step_tokens": st.integers(5, 20),
         "max_seq_len": st.sampled_from([12, 30, 1000]),
         "n_host_blocks": st.sampled_from([0, 0, 3, 12]),
+        "burst": st.sampled_from([1, 2, 2, 3]),
+        "burst_rows": st.integers(1, 4),
     }
 )
 POLICIES = st.sampled_from(["fcfs", "priority", "mlfq", "tiny mlfq"])
