@@ -20,6 +20,7 @@ class GrowingText:
         self.stop = stop
         self.stopped = False  # by a stop string; nothing follows
         self.shown = 0  # how many characters `push` has returned
+        self.taken = 0  # how many tokens it was given, those after a stop string aside
         self._stream = tokenizer.stream(continues=continues)
         self._pieces: list[str] = []
         self._held = ""  # may begin a stop string
@@ -35,17 +36,24 @@ class GrowingText:
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """The text that became certain with these tokens; after the last ones, all that is left."""
-        if self.stopped:
-            return ""
-        new = "".join(map(self._stream.push, token_ids))
-        if last:
-            new += self._stream.finish()
+        shown = len(self._pieces)
+        for (
+            token
+        ) in token_ids:  # one by one: which stop string is complete first must not depend on what comes together
+            if self.stopped:
+                break
+            self.taken += 1
+            self._grow(self._stream.push(token))
+        if last and not self.stopped:
+            self._grow(self._stream.finish(), last=True)
+        return "".join(self._pieces[shown:])
+
+    def _grow(self, new: str, *, last: bool = False) -> None:
         if self.stop:
             new = self._cut(self._held + new, last=last)
         if new:
             self._pieces.append(new)
             self.shown += len(new)
-        return new
 
     def _cut(self, text: str, *, last: bool) -> str:
         """`text` up to a stop string, or up to what may become one, which is held."""

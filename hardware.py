@@ -97,7 +97,7 @@ class Arrival:
     def __init__(self, *tensors: torch.Tensor) -> None:
         self.event: torch.cuda.Event | None = None
         if not tensors[0].is_cuda:
-            self.tensors = [x.cpu() for x in tensors]
+            self.tensors = [x.to("cpu", copy=True) for x in tensors]
             return
         pinned = (torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors)
         self.tensors = [there.copy_(x, non_blocking=True) for there, x in zip(pinned, tensors, strict=True)]

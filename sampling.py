@@ -54,8 +54,8 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
-    def plain(self) -> bool:
-        """Whether there is nothing but a temperature to draw by, or a token is the one of the largest logit."""
+    def simple(self) -> bool:
+        """Whether a token is the one of the largest logit, or drawn by a temperature and nothing else."""
         if self.temperature == 0.0:
             return not self.penalizes
         return self == SamplingParams(temperature=self.temperature, seed=self.seed)

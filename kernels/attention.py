@@ -12,7 +12,7 @@ exact; a key's scale then multiplies its score, and a value's the weight that it
 
 A cache may be paged: a row's slots then lie in blocks that a table names in order. The slots that are taken at a time
 are of one block, so that all that differs is where they begin, and the table is read one step ahead of them. For very
-few rows, where latency counts, they are of several blocks instead; up to 256 that is all that a row has.
+few rows, where latency counts, they may be of several blocks instead.
 """
 
 from typing import NamedTuple

@@ -112,7 +112,7 @@ class Seen:
     status: int = 0  # of HTTP; 0: no answer, or one that broke off
     sent: float = 0.0
     first: float | None = None
-    gaps: list[float] = field(default_factory=list)  # between two events with text
+    gaps: list[float] = field(default_factory=list)  # a token's, between two events with text
     end: float = 0.0
     tokens: int = 0
     cached: int = 0  # tokens of its prompt that the server had
@@ -188,6 +188,8 @@ async def read(target: Target, ask: Ask, *, model: str, temperature: float) -> S
         if reply is not None:
             reply.writer.close()
     seen.end = time.perf_counter()
+    if seen.gaps and seen.tokens > 1:  # an event may have several tokens; it does not say how many
+        seen.gaps = [gap * len(seen.gaps) / (seen.tokens - 1) for gap in seen.gaps]
     return seen
 
 

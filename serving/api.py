@@ -327,12 +327,12 @@ class Service:
                 continue
             if choice is None:
                 continue
-            if output.token_ids:
+            if choice.gained:
                 if choice.newest is None:
                     metrics.first_token(now - reply.arrived)
                     reply.queued_s = max(reply.queued_s, output.queued_s)
                 else:
-                    metrics.next_token((now - choice.newest) / len(output.token_ids), len(output.token_ids))
+                    metrics.next_token((now - choice.newest) / choice.gained, choice.gained)
                 choice.newest = now
             if choice.finish_reason is not None:
                 metrics.finished[choice.finish_reason] += 1

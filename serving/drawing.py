@@ -146,6 +146,6 @@ class Drawing:
 
 def kind_of(sequence: request.Sequence) -> str:
     """The first of KINDS that does for a sequence."""
-    if not sequence.plain:
+    if not sequence.simple:
         return "logits"
     return "greedy" if sequence.params.temperature == 0.0 else "plain"

@@ -121,8 +121,8 @@ class Job:
         if self.reasons[i] is not None:
             return False  # what was under way when it ended
         self.first_token = self.first_token or time.monotonic()
-        self.token_ids[i] += output.token_ids
         self.texts[i].push(output.token_ids, last=output.finish_reason is not None)
+        self.token_ids[i] += output.token_ids[: self.texts[i].taken - len(self.token_ids[i])]
         self.error = self.error or output.error
         self.reasons[i] = "stop" if self.texts[i].stopped else output.finish_reason
         return self.texts[i].stopped and output.finish_reason is None

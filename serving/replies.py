@@ -29,12 +29,16 @@ class Choice:
     index: int
     text: GrowingText
     prompt: int  # which of the request's prompts it answers
-    tokens: int = 0
+    gained: int = 0  # tokens of the latest output, those after a stop string aside
     finish_reason: str | None = None
     begun: bool = False  # an event has shown some of it
     newest: float | None = None  # when its newest token came
     logprobs: list[tuple[TokenLogprobs, int]] = field(default_factory=list)  # and where in the text each token begins
     reported: int = 0  # how many of them events have shown
+
+    @property
+    def tokens(self) -> int:
+        return self.text.taken
 
     def certain(self) -> list[tuple[TokenLogprobs, int]]:
         """The logprobs not reported yet of tokens whose text is, at least in part."""
@@ -106,9 +110,9 @@ class Reply:
         if self.first is None and output.token_ids:
             self.first = now
         self.cached_tokens[prompt] = max(self.cached_tokens[prompt], output.cached_tokens)
-        last = output.finish_reason is not None
+        last, before = output.finish_reason is not None, choice.tokens
         text = self._push(choice, output, last)
-        choice.tokens += len(output.token_ids)
+        choice.gained = choice.tokens - before
         choice.finish_reason = "stop" if choice.text.stopped else output.finish_reason
         if choice.finish_reason is not None:
             self.unfinished -= 1

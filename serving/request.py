@@ -78,7 +78,7 @@ class Sequence:
     params: "SamplingParams" = field(init=False)  # the request's, with this sample's seed
     constraint: Constraint | None = None
     mask: np.ndarray | None = None  # of the constraint, for the next token that is not drawn yet
-    plain: bool = field(init=False)  # its logits and a temperature settle its tokens: nobody else has to see them
+    simple: bool = field(init=False)  # its logits and a temperature settle its tokens: nobody else has to see them
     tokens: abc.Sequence[int] = field(init=False)  # prompt and generated, known to the host
     computed: int = 0  # tokens whose keys and values are written by the steps launched so far
     pending: int = 0  # tokens that launched steps draw and the host does not know yet
@@ -107,7 +107,7 @@ class Sequence:
         if request.constraint is not None:
             self.constraint = request.constraint()
             self.mask = self.constraint.mask()
-        self.plain = self.params.plain and not (
+        self.simple = self.params.simple and not (
             request.logit_bias or request.logprobs is not None or self.constraint is not None
         )
 

@@ -2,8 +2,9 @@
 
 What a sequence's next step needs stays on the device, in tables by slot: its newest token, where that goes, its
 blocks, its temperature. A step sends what it changes there in one small copy. One that only decodes sends nothing else:
-on CUDA it is a graph over the tables, of which there is one for each of some batch sizes, and draws its tokens too, if
-nobody asks for more than a temperature. One with prompts is a graph up to its logits, if those prompts are short.
+on CUDA it is a graph over the tables, of which there is one for each of some batch sizes and, of few rows, lengths, and
+draws its tokens too, if nobody asks for more than a temperature. One with prompts is a graph up to its logits, if those
+prompts are short.
 Nothing here waits for the device but `Ticket.wait`, for its own step. Who a row belongs to and when it ends is the
 scheduler's.
 """
@@ -41,9 +42,9 @@ MIXED_TOKENS, MIXED_PROMPTS = (32, 128, 256, 512, 1024, 2048), 8
 # The same for what decodes beside them: graphs of the first two are made at the start, others when there are so many.
 MIXED_DECODES = (0, 8, 32, 128)
 FUSED_ROWS = 16  # up to so many greedy rows, the head's kernel finds the largest logits and writes none
-# Between two graphs a GPU waits some 15 us. Of a model whose weights are read in less than a millisecond, that many
-# bytes at most, up to so many rows therefore draw several tokens in a graph. It delays who comes by up to two of them.
-BURST, BURST_ROWS, BURST_BYTES = 4, 16, 2e9
+# Between two graphs a GPU waits some 15 us, which counts where weights of so many bytes at most are read in half a
+# millisecond. There up to so many rows draw so many tokens in a graph. A newcomer waits for up to two such graphs.
+BURST_BYTES, BURST_ROWS, BURST = 2e9, 16, 4
 
 
 class Form(NamedTuple):
@@ -96,7 +97,7 @@ class Runner:
         self.device, self.vocab_size = model.norm.weight.device, model.config.vocab_size
         self.n_blocks, self.block_size, self.n_host_blocks = n_blocks, block_size, n_host_blocks
         self.max_running, self.max_step_tokens = max_running, max_step_tokens
-        self.burst, self.burst_rows = 1, min(BURST_ROWS, max_running)
+        self.burst, self.burst_rows = 1, BURST_ROWS
         self.max_seq_len = min(model.config.max_seq_len, (n_blocks - 1) * block_size)
         self.overlaps = self.device.type == "cuda"
         self.cache = PagedCache(_storage(model, n_blocks, block_size, kv_dtype), model.norm.weight.dtype)
@@ -240,8 +241,8 @@ class Runner:
     def _forms(self, size: int) -> list[Form]:
         """All that steps of a size may be."""
         bursts = {1, self.burst if size <= self.burst_rows else 1}
-        forms = itertools.product([size], self._kinds(size), self._lengths(size), sorted(bursts))
-        return [Form(*form) for form in forms if form[1] != "logits" or form[3] == 1]
+        forms = itertools.starmap(Form, itertools.product([size], self._kinds(size), self._lengths(size), bursts))
+        return [form for form in forms if form.kind != "logits" or form.burst == 1]
 
     def _show(self, index: Tensor) -> None:
         """Let decode steps run these slots, and the null row, from its beginning, in the place of those missing."""

@@ -2,8 +2,9 @@
 
 A turn is `schedule` (a Step for the runner), `launched` (it is on its way: state moves on) and `accept` (its tokens
 are here). The engine may schedule and launch the next step before it accepts the one before, so between `launched` and
-`accept` a sequence's length is known and its newest token is not. A step has one budget of tokens: running sequences
-take one each, then prompts that are partly done go on, then waiting ones come in, cut to what is left.
+`accept` a sequence's length is known and its newest tokens are not. A step has one budget of tokens: running sequences
+take one each, then prompts that are partly done go on, then waiting ones come in, cut to what is left. Where nobody can
+come in, few sequences may run several times in a step, which a device does without its host in between: a burst.
 
 Memory is given to a prompt as a whole and to an answer block by block. When it runs out, the running sequence that is
 served last is preempted: it keeps its tokens and computes their keys and values again later, or is swapped to the host.
@@ -77,7 +78,7 @@ class Scheduler:
     """The queue, the running sequences and their memory.
 
     `watermark` is the share of blocks that stays free when a sequence comes in beside others, so that those can grow
-    and do not preempt it at once. While nobody waits, up to `burst_rows` sequences draw `burst` tokens in a step.
+    and do not preempt it at once. Up to `burst_rows` sequences draw `burst` tokens in a step while nobody can come in.
     """
 
     def __init__(
@@ -250,11 +251,13 @@ class Scheduler:
         return step
 
     def _may_burst(self) -> bool:
-        """Whether the step in the making has nothing but rows that need not be looked at for so many tokens."""
+        """Whether the step in the making has all that runs, and nobody has to look at any of it for so many tokens."""
         decodes, burst = self._step.decodes, self.burst
-        if burst == 1 or len(decodes) > self.burst_rows or self._samples > len(decodes):
+        if burst == 1 or len(decodes) > self.burst_rows or self._step.prefills or len(decodes) < self.running:
             return False
-        return all(s.plain and s.computed + burst <= s.capacity for s, *_ in decodes)
+        if self.n_waiting and (self._slots or self.policy.displaces):
+            return False  # who waits may come in next
+        return all(s.simple and s.computed + burst <= s.capacity for s, *_ in decodes)
 
     def launched(self, step: Step) -> None:
         """The step is on its way: what it writes may be read by the steps after it."""
@@ -289,7 +292,7 @@ class Scheduler:
             if sequence.epoch != epoch:
                 continue
             request, reason, error = sequence.request, None, None
-            new, reported = [], None if logprobs[i] is None else logprobs[i::n]
+            new, reported = [], None if logprobs[i] is None else [logprobs[i]]
             for token in tokens[i::n]:
                 sequence.pending -= 1
                 drawn += 1
@@ -348,7 +351,8 @@ class Scheduler:
 
         Of those `capacity` stays 0, so that they come here in every turn.
         """
-        needy = [s for s in self.decoding if s.computed >= s.capacity]
+        ahead = self.burst if len(self.decoding) <= self.burst_rows else 1
+        needy = [s for s in self.decoding if s.computed + ahead > s.capacity]
         # Of these all tokens are under way: their memory comes back in a moment, and nobody has to go for it.
         ending = any(s.computed >= s.end - 1 for s in needy)
         ready = set()
@@ -357,19 +361,26 @@ class Scheduler:
                 continue
             if sequence.constraint is not None and sequence.pending:
                 continue
-            if sequence.computed == len(sequence.blocks) * self.block_size:
+            while (room := self._room(sequence)) < min(sequence.computed + ahead, sequence.end - 1):
                 self._publish(sequence)
-                if not self._extend(sequence, preempt=not ending):
-                    continue  # it pauses
+                # Nobody has to go for the later tokens of a burst.
+                if not self._extend(sequence, preempt=not ending and sequence.computed == room):
+                    break
+            if sequence.computed == self._room(sequence):
+                continue  # it pauses
             if sequence.constraint is None:
                 self._set_capacity(sequence)
             else:
                 ready.add(sequence)
         return ready
 
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that its blocks hold."""
+        return len(sequence.blocks) * self.block_size
+
     def _set_capacity(self, sequence: Sequence) -> None:
         if sequence.constraint is None:
-            sequence.capacity = min(len(sequence.blocks) * self.block_size, sequence.end - 1)
+            sequence.capacity = min(self._room(sequence), sequence.end - 1)
 
     def _extend(self, sequence: Sequence, *, preempt: bool) -> bool:
         """One more block for a running sequence; False if only those served before it could make room."""
@@ -542,6 +553,8 @@ class Scheduler:
         waiting = [s for s in samples if s.stamp]
         followers = list(itertools.chain(*(s.followers for s in samples)))
         assert len(waiting) == len(self.waiting) and len(running) + len(waiting) + len(followers) == len(samples)
+        for sequence in self.decoding:
+            assert sequence.pending >= 0 and sequence.computed == len(sequence.tokens) - 1 + sequence.pending
         assert not self._host_leaving and not self._held
         swapped = list(itertools.chain(*(s.host_blocks for s in samples)))
         assert sorted([*self._host, *swapped]) == list(range(len(self._host) + len(swapped))), "host blocks leak"

@@ -1,5 +1,6 @@
 """An engine without a model, and a real server around it: what the API's tests talk to."""
 
+import itertools
 import json
 import socket
 import threading
@@ -20,13 +21,13 @@ WAITING = 3  # what it says of its queue
 
 
 class FakeEngine:
-    """The engine's interface: each turn gives every sample the next token of what `script` says is its answer."""
+    """The engine's interface: each turn gives every sample the next tokens of what `script` says is its answer."""
 
     def __init__(
         self, deliver: Callable[[list[Output]], None], script: Callable[[Request, int], Sequence[int]]
     ) -> None:
         self.deliver, self.script = deliver, script
-        self.turn_s = 0.0
+        self.turn_s, self.burst = 0.0, 1  # of a turn: what it takes, and its tokens
         self.held = threading.Event()  # set: turns make nothing
         self.broken: str | None = None  # fails whatever runs, with this message
         self.broken_reason = "error"
@@ -96,7 +97,7 @@ class FakeEngine:
         elif (token := next(tokens, None)) is None:
             output.finish_reason = "stop"
         else:
-            output.token_ids = [token]
+            output.token_ids = [token, *itertools.islice(tokens, min(self.burst, request.max_new_tokens - made) - 1)]
         made += len(output.token_ids)
         self.generated += len(output.token_ids)
         if output.finish_reason is None and made == request.max_new_tokens:

@@ -164,6 +164,17 @@ def test_a_stop_string_ends_its_sample_alone_and_is_not_shown(client: openai.Ope
     assert {(request.id, 0), (request.id, 1)} <= set(live.engine.aborted)
 
 
+def test_tokens_that_come_together_are_taken_one_by_one(client: openai.OpenAI, live: Live) -> None:
+    """So the stop string that is complete first ends the answer, and none after it counts."""
+    found = []
+    for live.engine.burst in (1, 5):
+        for stop in ("on g", ["go on go", "n"], "zzz"):
+            answer = client.completions.create(model="fake", prompt="go forever", stop=stop, max_tokens=30)
+            found.append((answer.choices[0].text, answer.choices[0].finish_reason, answer.usage.completion_tokens))
+    live.engine.burst = 1
+    assert found[:3] == found[3:] and {reason for _, reason, _ in found} == {"stop", "length"}
+
+
 def test_stop_strings_and_half_characters_are_held_back(client: openai.OpenAI) -> None:
     """What may become a stop string is not sent, and is once it cannot any more."""
     events = list(client.completions.create(model="fake", prompt="a", stop="here!", max_tokens=99, stream=True))

@@ -291,6 +291,18 @@ def test_the_kind_of_attention_goes_by_context_and_rows(slots: int, rows: int, k
     assert tuning.attention_kind(8, slots, rows) == kind
 
 
+def test_steps_of_few_rows_over_blocks_go_by_context_where_slots_may_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "hopper", lambda x: True)
+    decoder = Decoder(tiny_model(dtype=torch.bfloat16), max_seq_len=64, batch_size=2)
+    assert [bool(decoder.paged_buckets(rows, 64)) for rows in (1, 8, 9)] == [True, True, False]  # of two key heads
+    assert decoder.paged_buckets(1, 128) == tuning.CONTEXTS and not decoder.paged_buckets(1, 256)
+    half, single = (torch.zeros(1, dtype=dtype) for dtype in (torch.float16, torch.float32))
+    assert tuning.spreads(8, 128, 2, half, 64) and not tuning.spreads(8, 192, 2, half, 64)
+    assert not tuning.spreads(8, 128, 2, single, 64)
+    monkeypatch.setattr(language, "hopper", lambda x: False)
+    assert not tuning.spreads(8, 128, 2, half, 64)
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize(
     ("name", "plan", "positions"),

@@ -1,5 +1,6 @@
 """Prompts from a file of JSON lines: what is read, what is refused, and that answers are those of one prompt alone."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import generate
 from sampling import SamplingParams
 from serving import offline
 from serving.engine import Engine, EngineOptions
+from serving.request import Output
 from tests.fake_runner import VOCAB, FakeRunner
 from tests.test_cli import environment, run, samples, tiny  # noqa: F401
 
@@ -121,6 +123,21 @@ def test_a_stop_string_ends_one_sample(engine: Engine) -> None:
     assert job.texts[0].text == whole.texts[0].text[:4] and job.reasons[0] == "stop"
     assert job.texts[1].text == whole.texts[1].text.split(stop)[0]
     assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [(["c"], "ab"), (["bcde", "d"], "abc"), (["bc", "cde"], "a"), (["x"], "abcdef")]
+)
+def test_tokens_that_come_together_are_taken_one_by_one(stop: list[str], text: str) -> None:
+    letters, taken = [ord(letter) - ord("0") for letter in "abcdef"], []
+    for sizes in ((1,) * 6, (1, 4, 1), (6,)):
+        (job,) = jobs({"prompt": "x", "stop": stop})
+        left = iter(letters)
+        for size in sizes:
+            job.take(Output("0", 0, list(itertools.islice(left, size))))
+        taken.append(job.token_ids[0])
+        assert job.texts[0].text == text and (job.reasons == ["stop"]) == (stop != ["x"])
+    assert taken[0] == taken[1] == taken[2] == letters[: {"ab": 3, "abc": 4, "a": 3}.get(text, 6)]
 
 
 def test_a_line_that_cannot_run_is_reported_and_the_others_go_on(engine: Engine) -> None:

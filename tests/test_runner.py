@@ -164,6 +164,7 @@ def test_graphs_of_the_kernels_steps_give_the_same(
     for form, (graph, _) in runner.graphs.items():
         monkeypatch.setattr(graph, "replay", lambda form=form, replay=graph.replay: (used.add(form), replay()))
     monkeypatch.setattr(runner, "_steps", lambda form: pytest.fail("ran without its graph"))
+    runner.overlaps = True
     expected = crowd_alone(switches)
     assert serve(runner, *crowd()).tokens == expected  # in steps of all sizes, in which some are sampled
     assert len(captured) == len(runner.graphs) + len(runner.mixed_graphs)
@@ -175,6 +176,30 @@ def test_graphs_of_the_kernels_steps_give_the_same(
     assert {form.burst for form in used} == {1, burst}
     assert {form.shown for form in used if form.size <= 4} == {16, 64, runner.max_seq_len}
     assert {form.shown for form in used if form.size > 4} == {runner.max_seq_len}
+    assert len(runner.graphs) == len({*runner.graphs}) and not any(f.burst > 1 and f.size > 16 for f in runner.graphs)
+
+
+def test_attention_is_shown_what_the_longest_sequence_needs(
+    captured: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(replace(TINY, max_seq_len=101))
+    decoder = Decoder(model, max_seq_len=101, batch_size=2)
+    runner = new_runner(model, decoder=decoder, max_running=2, n_blocks=61, block_size=16)
+    runner.captures, runner.burst = True, 3
+    monkeypatch.setattr(Decoder, "paged_buckets", lambda decoder, rows, _: (32, 64))
+    shown, hidden = [], decoder.hidden
+
+    def spy(tokens: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
+        if view.batch.decodes:
+            shown.append((int(pos.max()), view.batch.tables.shape[1]))
+        return hidden(tokens, pos, view)
+
+    monkeypatch.setattr(decoder, "hidden", spy)
+    request = ask("x", prompt_of(9), max_new_tokens=92)
+    assert serve(runner, request).tokens["x", 0] == alone(model, request)
+    needed = lambda last: next(blocks for blocks in (2, 4, 7) if 16 * blocks > last)  # noqa: E731
+    assert all(needed(last) <= blocks <= needed(min(last + 2, 100)) for last, blocks in shown)
+    assert {blocks for _, blocks in shown} == {2, 4, 7}
 
 
 def test_first_requests_find_their_graphs_made(captured: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:

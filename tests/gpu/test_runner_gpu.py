@@ -71,6 +71,14 @@ def test_few_requests_at_a_time_get_the_same(model: Transformer) -> None:
     assert runner.mixed_graphs
 
 
+def test_only_small_models_draw_in_bursts(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = new_runner(model)
+    assert {form.burst for form in runner.graphs if form.size <= 16 and form.kind != "logits"} == {1, 4}
+    assert {form.burst for form in runner.graphs if form.size > 16} == {1}
+    monkeypatch.setattr("serving.runner.weight_bytes", lambda model: 2.1e9)
+    assert new_runner(model, graphs=False).burst == 1
+
+
 @pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
 def test_quantized_weights_serve_batches_of_all_sizes(quantize: str) -> None:
     model = load_model(open_checkpoint("random:smollm2-135m"), device="cuda", dtype=torch.bfloat16, quantize=quantize)
