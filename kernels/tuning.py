@@ -233,11 +233,14 @@ def attention_rule(kind: str, row: int) -> AttentionPlan:
 
 def attention_kind(n_kv_heads: int, slots: int, rows: int) -> str:
     """In a "brief" context, which one block holds, and a "short" one latency counts, in a "long" one bandwidth. In a
-    "medium" one it is latency for few rows, whose slots all programs together hold at once. In a short and "wide" one
-    there are programs enough, and it is not worth cutting into splits that have to be combined.
+    "medium" one it is latency for few rows, whose slots all programs together hold at once; for more it is a "long
+    wide" one. In a short and "wide" one there are programs enough, and it is not worth cutting into splits that have to
+    be combined.
     """
     if slots > SHORT:
-        return "medium" if slots <= MEDIUM and rows * n_kv_heads <= FEW else "long"
+        if rows * n_kv_heads > FEW:
+            return "long wide"
+        return "medium" if slots <= MEDIUM else "long"
     if rows * n_kv_heads >= 64:
         return "wide"
     return "brief" if slots <= BRIEF else "short"

@@ -247,7 +247,7 @@ def show_offline(result: dict) -> Iterator[str]:
     for name, text in {"ttft_ms": "first token", "inter_token_ms": "between tokens", "e2e_ms": "whole answer"}.items():
         if (spread := result[name]) is not None:
             more = ", ".join(f"{p} {spread[p]:.3f}" for p in ("p50", "p90", "p99"))
-            yield f"{text:14} {spread['mean']:9.2f} ms on average; {more}"
+            yield f"{text:14} {spread['mean']:9.3f} ms on average; {more}"
     if "ttft_apart_ms" in result:
         with_it, without = result["ttft_ms"]["p50"], result["ttft_apart_ms"]["p50"]
         yield (
