@@ -37,9 +37,8 @@ class GrowingText:
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """The text that became certain with these tokens; after the last ones, all that is left."""
         shown = len(self._pieces)
-        for (
-            token
-        ) in token_ids:  # one by one: which stop string is complete first must not depend on what comes together
+        # One by one: which stop string is complete first must not depend on what comes together.
+        for token in token_ids:
             if self.stopped:
                 break
             self.taken += 1

@@ -113,6 +113,15 @@ def test_online_users_have_one_request_at_a_time(run, live: Live) -> None:
     assert load["cached_tokens"] == 12  # the fake engine finds one token of each
 
 
+def test_events_of_several_tokens_are_counted_as_so_many(run, live: Live) -> None:
+    live.engine.turn_s, live.engine.burst = 0.005, 4
+    (load,) = run("--url", live.url, "--requests", 1, "--lengths", "fixed", "--prompt-len", 5, "--new-tokens", 40)[
+        "loads"
+    ]
+    decoding = load["e2e_ms"]["p50"] - load["ttft_ms"]["p50"]
+    assert 0.5 * decoding < load["inter_token_ms"]["mean"] * 39 <= decoding
+
+
 def test_traffic_is_the_same_for_a_seed_and_comes_at_its_rate() -> None:
     fields = {"requests": 4000, "like": "sharegpt", "least": 1, "prompt": 500, "answer": 300, "shared_prefix": 7}
     asks = traffic.plan(range(50), rate=8.0, seed=3, **fields)
